@@ -22,8 +22,9 @@ import torch
 from cost_of_each import MODELS, ROUND, labels, loss_of
 from torch import Tensor, nn
 
+from lsp_callbacks.autograd.side_effects import untouched
 from lsp_callbacks.step.pending_step import PendingStep
-from lsp_callbacks.step.replay import replayer, untouched
+from lsp_callbacks.step.replay import replayer
 from lsp_callbacks.step.run_context import RunContext
 
 REPETITIONS = 200

@@ -62,6 +62,11 @@ def leaves_of(output: Tensor) -> set[int]:
     return {id(leaf_of(node)) for node in walk([output.grad_fn])}
 
 
+def depends_beside(output: Tensor, part: Tensor) -> bool:
+    """Return whether a tensor depends on any leaf otherwise than through another tensor."""
+    return any(leaf_of(node) is not None for node in walk([output.grad_fn], {part.grad_fn}))
+
+
 def nodes_between(outputs: Iterable[Tensor], leaves: Iterable[Tensor]) -> set[Any]:
     """Return the backward nodes on the paths from any of the leaves to any of the outputs."""
     wanted = {id(leaf) for leaf in leaves}

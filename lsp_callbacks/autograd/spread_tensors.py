@@ -112,10 +112,3 @@ def copies(tensor: Tensor, world: int) -> int:
 def processes_of(tensor: Any) -> int:
     """Return over how many processes a spread tensor lies."""
     return tensor.device_mesh.size()
-
-
-def process_groups() -> tuple[type, ...]:
-    """Return the classes of meshes and groups of processes, which cannot be copied, as far as they are imported."""
-    meshes, groups = (sys.modules.get(f"torch.distributed{name}") for name in (".device_mesh", ""))
-    kinds = (getattr(meshes, "DeviceMesh", None), getattr(groups, "ProcessGroup", None))
-    return tuple(kind for kind in kinds if kind is not None)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd.shifted_parameters import restored
+from lsp_callbacks.autograd.side_effects import muted
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.gradient_check import Gradients
 from lsp_callbacks.step.clipping import Clipping
-from lsp_callbacks.step.side_effects import muted
 
 #: Sizes at which it is tried, relative to the step's gradient, and the relative difference that is rounding.
 SIZES, TOLERANCE = (1.0, 0.5, 2.0, 0.01, 100.0), 1e-4

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lsp_callbacks.autograd._torch_internals import tree_leaves
-from lsp_callbacks.autograd.random_state import random_numbers, set_random_numbers
 from lsp_callbacks.callbacks._lightning_internals import skip_batches
 
 
@@ -124,3 +125,31 @@ def checksum(batch: Any) -> int:
         if isinstance(leaf, torch.Tensor):
             code = zlib.crc32(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), code)
     return code
+
+
+def random_numbers() -> dict[str, Any]:
+    """Return the global random states as tensors and numbers, for a checkpoint."""
+    name, keys, *position = np.random.get_state()
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys, np.int64)), *position],
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_numbers(states: Mapping[str, Any]) -> None:
+    """Put back what `random_numbers` returned."""
+    torch.set_rng_state(states["torch"])
+    name, keys, *position = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *position))
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])

@@ -22,7 +22,7 @@ from lsp_callbacks.callbacks._lightning_internals import (
 from lsp_callbacks.callbacks.custom_clipping import custom_clipping
 from lsp_callbacks.callbacks.run_facts import clipping, overridden, run_context
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.monitor.gradient_check import Gradients, gradients_of
+from lsp_callbacks.monitor.gradient_check import Gradients
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
@@ -172,7 +172,7 @@ class LightningLoop(TrainingLoop):
         if clipped:
             return clipped
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        rule, gradients = self.clipping, gradients_of(held)
+        rule, gradients = self.clipping, {p: p.grad for p in held if p.grad is not None}
         if rule is not None:
             gradients = {p: gradient.clone() for p, gradient in gradients.items()}
             stand_ins = []
@@ -185,9 +185,11 @@ class LightningLoop(TrainingLoop):
         return gradients
 
     def evaluated(self) -> tuple[Callable[[Any, Any], Any], Callable[[], contextlib.AbstractContextManager]]:
-        """Return ``training_step``, from which outputs are taken where the user has not named them."""
+        """Return ``loss_fn`` or ``training_step``, from which outputs are taken where the user has not named them."""
 
         def loss(module: Any, batch: Any) -> Any:
+            if self._loss_fn is not None:
+                return self._loss_fn(module, batch)
             if not getattr(module, "automatic_optimization", True):  # it would step the optimizer
                 raise Unsupported(f"automatic_optimization=False: training_step cannot be asked for outputs; {HOW}")
             return module.training_step(*self._arguments(batch, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +29,8 @@ class LossFeed:
         is_automatic: whether a step's loss is the one that ``training_step`` returns.
 
     Attributes:
+        subscribers, listeners: see the arguments; those that join later are told, too.
+        is_shared: whether the losses of several processes are brought together.
         has_same_rates: whether all processes have had the same learning rates, as far as that is known.
     """
 
@@ -42,9 +43,10 @@ class LossFeed:
         *,
         is_automatic: bool = True,
     ):
-        self._monitor, self._subscribers, self._listeners = monitor, subscribers, listeners
+        self._monitor, self.subscribers, self.listeners = monitor, subscribers, listeners
         self._is_automatic = is_automatic
         self._shared = SharedLosses(ranks) if subscribers and ranks.world > 1 else None
+        self.is_shared = self._shared is not None
         self.has_same_rates = True
 
     def end_step(
@@ -61,7 +63,7 @@ class LossFeed:
         """
         returned = step_loss.returned
         if returned is not None:
-            for listener in self._listeners:
+            for listener in self.listeners:
                 listener(step, returned)
         differentiated = None if self._is_automatic else step_loss.differentiated
         loss = returned if differentiated is None else differentiated
@@ -74,18 +76,8 @@ class LossFeed:
             lr = largest_learning_rate(trainer.optimizers[0]) if trainer.optimizers else 0.0
             arrived = self._shared.take(max(step, 0), loss, lr=lr, left_out=left_out, wait=wait)
             self._record(arrived, self._shared)
-        for subscriber in self._subscribers:
+        for subscriber in self.subscribers:
             subscriber.end_step(trainer, step, arrived)
-
-    @property
-    def wants_each_step(self) -> bool:
-        """Whether a step without a measurement is to be shown even if its loss and its rate are nothing special."""
-        return self._shared is not None or bool(self._listeners)
-
-    @property
-    def least_courant(self) -> float:
-        """The least Courant number of a coming learning rate at which a step is to be shown."""
-        return min((subscriber.least_courant for subscriber in self._subscribers), default=math.inf)
 
     def finish(self, step: int) -> None:
         """Wait for the losses up to ``step`` that have not arrived."""

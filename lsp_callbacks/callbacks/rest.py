@@ -120,10 +120,13 @@ class Rest:
         is_due = step >= cadence.next_step or self._forecast.scheduled_courant() >= cadence.wake
         self.is_on = not is_due and trainer.accumulate_grad_batches == 1
         self._most_loss, self._most_rate, self._last = -math.inf, math.inf, cadence.next_step - 1
-        if len(groups) == 1 and not self._feed.wants_each_step:
+        is_each_shown = self._feed.is_shared or self._feed.listeners  # also a step that is nothing special
+        if len(groups) == 1 and not is_each_shown:
             self._group, self._most_loss = groups[0], self._losses.usual
             if math.isfinite(critical := self._forecast.critical.mean):
                 # The rate that was looked at now is nothing new.
                 critical /= self._forecast.scale  # of the schedule
-                looked_at = max(float(groups[0]["lr"]), critical * self._feed.least_courant)
+                # The least Courant number of a coming rate at which somebody wants to be shown a step.
+                least = min((subscriber.least_courant for subscriber in self._feed.subscribers), default=math.inf)
+                looked_at = max(float(groups[0]["lr"]), critical * least)
                 self._most_rate = min(critical * cadence.wake, looked_at)

@@ -1,18 +1,21 @@
-"""What a run has measured, for the user to read."""
+"""What a run has measured, for the user to read, and for those who are told of it."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from lsp_callbacks.callbacks.publisher import Stopwatch
+from lsp_callbacks.callbacks.loss_feed import LossFeed
+from lsp_callbacks.callbacks.lr_forecast import LRForecast
+from lsp_callbacks.callbacks.publisher import Publisher
 from lsp_callbacks.callbacks.spawned_history import Mailbox, packed, unpack
 from lsp_callbacks.functional.numerics.first_fault import Fault
-from lsp_callbacks.monitor.history import History
+from lsp_callbacks.monitor.history import Completed, History
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.nan_finder import first_fault_of
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.report import Run, Verdict, judge
+from lsp_callbacks.step.ranks import Ranks
 
 
 class RunResults:
@@ -21,11 +24,19 @@ class RunResults:
     Args:
         monitor: that measures.
         observer: that counts the steps.
+        publisher: that shows what was measured.
+
+    Attributes:
         stopwatch: that runs while something is measured.
+        forecast: of the learning rates to come.
+        sub_batch: how many samples a measurement uses; None is the whole batch.
     """
 
-    def __init__(self, monitor: Monitor, observer: StepObserver, stopwatch: Stopwatch):
-        self.monitor, self.observer, self.stopwatch = monitor, observer, stopwatch
+    def __init__(self, monitor: Monitor, observer: StepObserver, publisher: Publisher):
+        self.monitor, self.observer, self.stopwatch = monitor, observer, publisher.stopwatch
+        self.forecast, self._publisher = LRForecast(), publisher
+        self.sub_batch: int | None = None
+        self._loss_feed = LossFeed(monitor, Ranks())  # another one when training begins
         #: ArrivedLoss of each observation and of the end of each step: `StopOnInstability`.
         self.subscribers: list[Any] = []
         #: Called with each observation, once all others have it; they decide nothing.
@@ -91,9 +102,25 @@ class RunResults:
         """Measured share of the time since training began that went into measuring."""
         return self.stopwatch.share
 
+    def scheduled_courant(self, trainer: Any) -> float:
+        """Return the rate that the schedule brings next over the critical rate; NaN if not known."""
+        return self.forecast.scheduled_courant() if self.has_same_rates else math.nan
+
     def coming_courant(self, trainer: Any) -> float:
-        """Return the Courant number of the rate that the next update will use; NaN where it is not known, as here."""
-        return math.nan
+        """Return the same of the rate that the next update will use, which a `CapLearningRate` may lower."""
+        return self.forecast.factor(self.cap) * self.scheduled_courant(trainer)
+
+    def rates(self) -> tuple[float, float]:
+        """Return the rates that the next update will use, and the last measured one has used; NaN if not known."""
+        if not self.has_same_rates:
+            return math.nan, math.nan
+        coming, used = self.forecast.rates()
+        return self.forecast.factor(self.cap) * coming, used
+
+    @property
+    def has_same_rates(self) -> bool:
+        """Whether all processes have had the same learning rates, as far as that is known."""
+        return self._loss_feed.has_same_rates
 
     @property
     def verdict(self) -> Verdict:
@@ -102,6 +129,26 @@ class RunResults:
         if self._verdict is not None:
             return self._verdict
         return judge(Run.of(self.monitor, self.observer.step, self._judges, scheduled=self.coming_courant(None)))
+
+    def _publish(self, trainer: Any, completed: Completed) -> None:
+        """Show what a step has completed."""
+        sub_batch = None if self.sub_batch is None else self.observer.sub_batch or 0
+        for observation in completed.observations:
+            self._publisher.measured_at = observation.step
+            try:
+                observation = self.forecast.look_ahead(trainer, self.monitor, observation, self.observer.step)
+            except Exception as error:
+                self.monitor.errors.caught("the coming learning rates could not be computed", error)
+            if self.cap is not None:
+                observation = self.monitor.history.add(observation, self.cap.rates_of(observation.step))
+                self.cap.receive(trainer, observation)
+            self._publisher.publish(trainer, observation, sub_batch=sub_batch)
+            for subscriber in self.subscribers:
+                subscriber.receive(trainer, observation)
+            for listener in self.reading_listeners:
+                listener(observation)
+        if completed.fault is not None:
+            self._publisher.publish(trainer, completed.fault, sub_batch=sub_batch)
 
     def _bring_home(self) -> None:
         if (contents := self._mailbox.receive()) is not None:

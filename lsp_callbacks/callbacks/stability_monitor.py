@@ -15,7 +15,7 @@ from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.hidden_hooks import hide_hooks, show_hooks
 from lsp_callbacks.callbacks.lightning_loop import LightningLoop
 from lsp_callbacks.callbacks.loss_feed import LossFeed
-from lsp_callbacks.callbacks.lr_forecast import LRForecast, steps_left
+from lsp_callbacks.callbacks.lr_forecast import steps_left
 from lsp_callbacks.callbacks.publisher import Publisher
 from lsp_callbacks.callbacks.rest import Rest
 from lsp_callbacks.callbacks.run_results import RunResults
@@ -27,9 +27,10 @@ from lsp_callbacks.callbacks.setting_checks import (
     warn_of_unseen_steps,
 )
 from lsp_callbacks.callbacks.step_numbers import StepNumbers
+from lsp_callbacks.monitor.cadence import Scheduled
 from lsp_callbacks.monitor.configure import configured
+from lsp_callbacks.monitor.history import NOTHING
 from lsp_callbacks.monitor.observer import StepObserver
-from lsp_callbacks.monitor.step_results import NOTHING, Completed
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
 from lsp_callbacks.quantities.numerics.numerics import Numerics
@@ -144,39 +145,17 @@ class StabilityMonitor(RunResults, Callback):
             quantities, every_n_steps=every_n_steps, budget=budget, window=window, average=average, layers=layers,
             blocks=blocks, strict=strict, max_memory=max_memory, time_limit=time_limit,
         )  # fmt: skip
-        self.forecast, self._publisher = LRForecast(), Publisher(log_layers)
         observer = StepObserver(monitor, forward_fn=forward_fn, criterion=criterion)
-        super().__init__(monitor, observer, self._publisher.stopwatch)
+        super().__init__(monitor, observer, Publisher(log_layers))
         self.sub_batch, self.accumulate, self.loss_fn, self.prox = sub_batch, accumulate, loss_fn, prox
         self.save_vectors, self.seed = save_vectors, seed
         self._numbers = StepNumbers(self.observer, accumulate)
         self._has_loss = self._is_overflowed = False
 
-    def scheduled_courant(self, trainer: Any) -> float:
-        """Return the rate that the schedule brings next over the critical rate; NaN if not known."""
-        feed = getattr(self, "_loss_feed", None)  # there is none before training
-        return self.forecast.scheduled_courant() if feed is not None and feed.has_same_rates else math.nan
-
-    def coming_courant(self, trainer: Any) -> float:
-        """Return the same of the rate that the next update will use, which a `CapLearningRate` may lower."""
-        return self.forecast.factor(self.cap) * self.scheduled_courant(trainer)
-
-    def rates(self) -> tuple[float, float]:
-        """Return the rates that the next update will use, and the last measured one has used; NaN if not known."""
-        if not self._loss_feed.has_same_rates:
-            return math.nan, math.nan
-        coming, used = self.forecast.rates()
-        return self.forecast.factor(self.cap) * coming, used
-
     @property
     def rests(self) -> bool:
         """Whether nothing is measured at this step, so that Lightning passes over most hooks."""
         return self._rest.is_on
-
-    @property
-    def has_same_rates(self) -> bool:
-        """Whether all processes have had the same learning rates, as far as that is known."""
-        return self._loss_feed.has_same_rates
 
     # -- before training -------------------------------------------------------------------------------------------
 
@@ -239,13 +218,13 @@ class StabilityMonitor(RunResults, Callback):
             return
         began, observer = time.perf_counter(), self.observer
         first = self._numbers.begin_batch(trainer, batch_idx)
-        scheduled = math.nan
+        scheduled: Scheduled = math.nan
         if first:
             self._has_loss = self._is_overflowed = False
             if self._loop.overrides_step:
                 self.forecast.begin_step(trainer)
             if self._loss_feed.has_same_rates:
-                scheduled = self.forecast.scheduled_courant()
+                scheduled = self.forecast.scheduled_courant
         if not observer.is_idle:  # of the step before
             observer.check_update()
         observer.begin_batch(batch, partial(self._loop.loss, batch_idx, None), first=first, scheduled=scheduled)
@@ -315,26 +294,6 @@ class StabilityMonitor(RunResults, Callback):
             )  # fmt: skip
         self._rest.begin_after(trainer)
         self.stopwatch.spent += time.perf_counter() - began
-
-    def _publish(self, trainer: Any, completed: Completed) -> None:
-        """Show what a step has completed."""
-        sub_batch = None if self.sub_batch is None else self.observer.sub_batch or 0
-        for observation in completed.observations:
-            self._publisher.measured_at = observation.step
-            try:
-                observation = self.forecast.look_ahead(trainer, self.monitor, observation, self.observer.step)
-            except Exception as error:
-                self.monitor.errors.caught("the coming learning rates could not be computed", error)
-            if self.cap is not None:
-                observation = self.monitor.history.add(observation, self.cap.rates_of(observation.step))
-                self.cap.receive(trainer, observation)
-            self._publisher.publish(trainer, observation, sub_batch=sub_batch)
-            for subscriber in self.subscribers:
-                subscriber.receive(trainer, observation)
-            for listener in self.reading_listeners:
-                listener(observation)
-        if completed.fault is not None:
-            self._publisher.publish(trainer, completed.fault, sub_batch=sub_batch)
 
     # -- afterwards ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lsp_callbacks import report
+from lsp_callbacks.autograd.side_effects import untouched
 from lsp_callbacks.callbacks._lightning_internals import remaining_batches
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.lightning_loop import LightningLoop
@@ -37,7 +38,6 @@ from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, frozen_sgd
 from lsp_callbacks.quantities import SGDStability
 from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
 from lsp_callbacks.step.probes import population
-from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 
 SUFFIXES = (".png", ".pdf", ".svg")

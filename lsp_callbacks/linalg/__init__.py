@@ -4,8 +4,16 @@ from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, pus
 from lsp_callbacks.linalg.followed_norm import FollowedNorm, followed_norm
 from lsp_callbacks.linalg.gauss_radau import Images, TopNode
 from lsp_callbacks.linalg.lanczos import lanczos
-from lsp_callbacks.linalg.norms import inner, norm, norms, power_iteration, unit
-from lsp_callbacks.linalg.operator import LinearOperator, from_matrix, identity_like
+from lsp_callbacks.linalg.operator import (
+    LinearOperator,
+    from_matrix,
+    identity_like,
+    inner,
+    norm,
+    norms,
+    power_iteration,
+    unit,
+)
 from lsp_callbacks.linalg.operator_norm import norm_upper, operator_norm, top_between
 from lsp_callbacks.linalg.quadrature import Quadrature, quadratures
 from lsp_callbacks.linalg.ritz import Eigenpair, Ritz

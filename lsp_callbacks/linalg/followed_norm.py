@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.linalg.lanczos import lanczos, random_start
-from lsp_callbacks.linalg.norms import norm, unit
-from lsp_callbacks.linalg.operator import LinearOperator
+from lsp_callbacks.linalg.operator import LinearOperator, norm, unit
 
 #: Right singular vectors that are carried: the largest and the next, which may overtake it.
 CARRIED = 2

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg.norms import norm
-from lsp_callbacks.linalg.operator import LinearOperator
+from lsp_callbacks.linalg.operator import LinearOperator, norm
 from lsp_callbacks.linalg.ritz import Ritz
 from lsp_callbacks.linalg.spectrum_bounds import within
 

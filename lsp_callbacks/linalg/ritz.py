@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg.norms import norm
+from lsp_callbacks.linalg.operator import norm
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lsp_callbacks.loops.plain_loop import PlainLoop, check_schedulers, processes_of, why_unsupported
 from lsp_callbacks.monitor.configure import configured
-from lsp_callbacks.monitor.gradient_check import gradients_of
 from lsp_callbacks.monitor.history import History
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.nan_finder import finite
@@ -172,8 +171,8 @@ class Watch:
         self._begin_run()
         self.observer.record(self.optimizer)
         # With a ``clipping`` it is known what the gradient becomes.
-        gradients = (lambda: gradients_of(parameters)) if self.loop.clipping is None else None
-        self.observer.measure(self.optimizer, coming_gradients=gradients)
+        coming = (lambda: {p: p.grad for p in parameters if p.grad is not None}) if self.loop.clipping is None else None
+        self.observer.measure(self.optimizer, coming_gradients=coming)
 
     def close(self) -> None:
         """Remove the hooks from the optimizer, and from the module where energies look at its state."""

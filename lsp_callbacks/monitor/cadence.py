@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from lsp_callbacks._validation import number, whole
@@ -22,6 +22,8 @@ LEVELS = 8
 
 #: Of every quantity, of some by name, or of none.
 EveryNSteps = int | Mapping[str, int] | None
+#: A Courant number, or what returns it, which is asked at the first question for a step alone.
+Scheduled = float | Callable[[], float]
 
 
 def check_every_n_steps(value: Any) -> EveryNSteps:
@@ -200,7 +202,7 @@ class Cadence:
 
     # -- which start -----------------------------------------------------------------------------------------------
 
-    def starting(self, step: int, *, scheduled: float = math.nan) -> tuple[str, ...]:
+    def starting(self, step: int, *, scheduled: Scheduled = math.nan) -> tuple[str, ...]:
         """Return the quantities whose measurements start at this step; the first answer for a step is final.
 
         Those whose price is not known yet are among them: with `priced` the answer becomes another one.
@@ -212,20 +214,21 @@ class Cadence:
         self._ask(step, scheduled)
         return tuple(name for name in self._names if name not in self.under_way)
 
-    def _ask(self, step: int, scheduled: float) -> None:
+    def _ask(self, step: int, scheduled: Scheduled) -> None:
         """Choose what starts at a step, once."""
         if step != self._step:
             # All numbers here are the same on all processes. If they were not, the processes would wait for each other
             # forever: this is the one place where rank 0's answer could be broadcast.
             self._missed, self._is_taken = () if self._is_taken else self._names, False
             self._step, self._names = step, ()
+            scheduled = scheduled() if callable(scheduled) else scheduled
             if step >= self.next_step or scheduled >= self.wake:
                 self._scheduled = scheduled
                 if scheduled >= self.wake:
                     self._changed(nearness(scheduled))
                 self._names = self._choose(step, self.under_way)
 
-    def due(self, step: int, *, scheduled: float = math.nan) -> set[str]:
+    def due(self, step: int, *, scheduled: Scheduled = math.nan) -> set[str]:
         """Return the quantities that are measured at this step: those that start, and those under way."""
         self._ask(step, scheduled)
         return {*self._names, *self.under_way}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,6 @@ from lsp_callbacks.step.ranks import Ranks
 
 #: By parameter, the gradient that it should have; those without one are not there.
 Gradients = dict[nn.Parameter, Tensor]
-
-
-def gradients_of(parameters: Iterable[nn.Parameter]) -> Gradients:
-    """Return the gradients of the parameters that have one."""
-    return {p: p.grad for p in parameters if p.grad is not None}
 
 
 class GradientCheck:
@@ -75,13 +70,13 @@ class GradientCheck:
 
         def differs() -> bool:
             compared = counts or expected
-            there = gradients_of(compared)
+            there = {p: p.grad for p in compared if p.grad is not None}
             if len(there) < len(compared) and not is_gone_allowed:
                 return True
-            parts = local_parts(there.values())
             if some is None or not there:
-                return not identical(parts, [expected[p] for p in there])
-            values = some
+                before = [expected[p] for p in there]
+                return not identical(local_parts(there.values()), before)
+            parts, values = local_parts(there.values()), some
             if len(there) < len(counts):
                 values = torch.cat([part for p, part in zip(counts, some.split([*counts.values()])) if p in there])
             numbers = in_one(some_numbers(parts))

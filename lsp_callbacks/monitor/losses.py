@@ -17,6 +17,8 @@ SMOOTHING, INITIAL = 30, 5
 #: The smoothed loss has risen when it is this much above its least value, and above this share of the initial loss:
 #: once a data set is memorised, a rise of 25 % is noise.
 RISE, SHARE = 0.25, 0.15
+#: A rise of the smoothed loss is clear where it is so many times its own standard error.
+CLEAR = 3.0
 #: The run is lost when in three quarters of the last 200 steps its loss was above the loss at the start by this many
 #: times the size of that: a run may recover from an explosion of a hundred steps (``benchmarks/two_populations.py``).
 LOST, LOST_STEPS, LOST_SHARE = 2.0, 200, 0.75
@@ -168,6 +170,8 @@ class LossRecord:
         self._low_step = -1  # the last one without the loss alarm
         self._left_out, self._is_negative, self._has_risen = 0, False, False
         self._start = math.nan
+        self._scatter = self._level_scatter = 0.0  # variance of a step's loss about its mean, and while it was level
+        self._least_count = 1  # of the losses in the least smoothed one
         self._high = self._far = 0.0  # shares of the last losses that are above what `fallen` and `lost` compare with
 
     def add(self, arrived: ArrivedLoss) -> None:
@@ -184,13 +188,17 @@ class LossRecord:
                 self.nonfinite_step = step if self.nonfinite_step is None else self.nonfinite_step
             return
         self._left_out = 0
-        self.last, self.last_step = loss, step
         count = self.count = self.count + 1
         smoothing = min(count, SMOOTHING)
         if count == 1:
             self.first = self.smoothed = self.least = loss
+        else:  # differences of neighbours hold no trend
+            change = loss - self.recent[-1]
+            self._scatter += (0.5 * change * change - self._scatter) / min(count - 1, SMOOTHING)
+        self.last, self.last_step = loss, step
         self.smoothed += (loss - self.smoothed) / smoothing
-        self.least = min(self.least, self.smoothed)
+        if self.smoothed < self.least:
+            self.least, self._least_count = self.smoothed, smoothing
         if count <= INITIAL:
             self.initial = self.smoothed
             # A rate far too high lifts the mean at once.
@@ -210,7 +218,7 @@ class LossRecord:
         rise = self.least + RISE * abs(self.least)
         self._has_risen = count >= SMOOTHING and self.smoothed > rise and not is_memorised
         if not (self._has_risen and self.comparable):
-            self.level_step = step
+            self.level_step, self._level_scatter = step, self._scatter
         is_high = self.mean > ALARM_RISE * self.least_mean and self.mean > ALARM_SHARE * self.initial
         if not is_high:
             self._low_step = step
@@ -234,6 +242,30 @@ class LossRecord:
     def risen(self) -> bool:
         """Whether the smoothed loss is well above its least value, after the first 30 steps."""
         return self._has_risen and self.comparable
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of a step's loss about its mean, from the differences of neighbours while it was level."""
+        return math.sqrt(self._level_scatter)
+
+    @property
+    def has_clearly_risen(self) -> bool:
+        """Whether the smoothed loss is above its least value by more than the noise of both explains."""
+        return self.smoothed - self.least > self._unclear(self._least_count)
+
+    @property
+    def has_clearly_not_fallen(self) -> bool:
+        """Whether the smoothed loss would, but for its noise, be 5 % below the one at the start if it had fallen."""
+        return self.smoothed - self._start + (1 - FALLEN) * abs(self._start) > self._unclear(INITIAL)
+
+    def _unclear(self, count: int) -> float:
+        """Return the difference of the smoothed loss from a mean of so many losses that noise explains."""
+        return CLEAR * self.noise * math.sqrt(1 / count + 1 / (2 * SMOOTHING - 1))
+
+    @property
+    def has_exploded(self) -> bool:
+        """Whether the smoothed loss and the last two are above the one at the start by twice the size of that."""
+        return self.count > 2 and all(map(self.exploded, (self.smoothed, *self.recent[-2:])))
 
     @property
     def lost(self) -> bool:

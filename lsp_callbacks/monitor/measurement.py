@@ -178,10 +178,11 @@ class Measurement:
     def _check_layout(self, snapshot: Snapshot) -> None:
         """Restart the quantities if other parameters are trained than before: windows and warm starts do not fit."""
         player = "" if snapshot.player is None else snapshot.player.name
-        if self._layouts.get(player, snapshot.layout) != snapshot.layout:
+        layout = [(name, p.shape) for name, p in snapshot.parameters.items()]
+        if self._layouts.get(player, layout) != layout:
             self.cadence.interrupt()
             self.cadence.forget_prices()
             self.budget.work = None
             for quantity in self.quantities.values():
                 quantity.restart()
-        self._layouts[player] = snapshot.layout
+        self._layouts[player] = layout

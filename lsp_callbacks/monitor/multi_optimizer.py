@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd.side_effects import RandomState
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss
 from lsp_callbacks.step.fingerprint import identical
 from lsp_callbacks.step.pending_step import PendingStep

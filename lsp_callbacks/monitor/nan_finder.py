@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import foreach_norm, sparse_values
-from lsp_callbacks.autograd.random_state import TorchRandomState
 from lsp_callbacks.autograd.shifted_parameters import restored
+from lsp_callbacks.autograd.side_effects import TorchRandomState, muted, untouched
 from lsp_callbacks.functional.numerics.first_fault import Fault, first_fault
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.pending_step import PendingStep
-from lsp_callbacks.step.replay import copied, untouched
-from lsp_callbacks.step.side_effects import muted
+from lsp_callbacks.step.replay import copied
 
 MOVED_BEFORE = "an earlier update of the same batch has moved the parameters"
 

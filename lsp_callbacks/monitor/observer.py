@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.side_effects import untouched
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.cadence import Scheduled
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
+from lsp_callbacks.monitor.history import Completed, StepResults
 from lsp_callbacks.monitor.kept_step import kept_step, players_step, whole_step
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.multi_optimizer import Game
 from lsp_callbacks.monitor.nan_finder import NanFinder
-from lsp_callbacks.monitor.step_results import Completed, StepResults
 from lsp_callbacks.monitor.training_loop import MicroBatchLoss, TrainingLoop
 from lsp_callbacks.monitor.update_check import UpdateCheck, of_whole_batch
 from lsp_callbacks.quantities.numerics.numerics import Numerics
@@ -26,7 +28,6 @@ from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.pending_step import PendingStep, never
 from lsp_callbacks.step.players import Player
 from lsp_callbacks.step.probes import Criterion, ForwardFn, Probes
-from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 from lsp_callbacks.step.step_loss import StepLoss
 from lsp_callbacks.step.verified_step import verified
@@ -140,7 +141,7 @@ class StepObserver:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def begin_batch(self, batch: Any, loss: MicroBatchLoss, *, first: bool, scheduled: float = math.nan) -> None:
+    def begin_batch(self, batch: Any, loss: MicroBatchLoss, *, first: bool, scheduled: Scheduled = math.nan) -> None:
         """Take in a batch whose forward pass comes next.
 
         Args:

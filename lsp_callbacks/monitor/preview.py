@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from lsp_callbacks.autograd.side_effects import untouched
 from lsp_callbacks.monitor.monitor import Monitor
-from lsp_callbacks.step.replay import untouched
 from lsp_callbacks.step.snapshot import Snapshot
 
 

@@ -14,6 +14,7 @@ from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.monitor.losses import SETTLED, LossRecord
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.monitor.nan_finder import unrecovered_fault_of
+from lsp_callbacks.report.curves import latest
 from lsp_callbacks.report.linear_stability import EDGE, linear_state, unbroken
 
 State = Literal[
@@ -30,6 +31,8 @@ REMEDIES = {
 }
 #: Further advice where the loss alone ended a run whose readings are stable.
 MOVES = "but no reading shows it: where the target itself moves, a loss that rises is no instability (confirm=None)"
+#: Advice where the noise of the loss hides what it does.
+NOISY = "train for longer, or look at the loss of more samples, to see whether it falls"
 #: A reading that is older than this share of the run, and than so many steps, does not describe its end.
 OLD, FEW = 0.5, 50
 #: Growth of the learning rate since the readings that they do not answer for, once it brings it to the edge.
@@ -100,20 +103,23 @@ class Verdict:
             - "not finite": the last loss was not, or a `Fault` ended the run;
             - "collapsed": the outputs no longer depend on the inputs;
             - "unstable": by its readings, or `StopOnInstability` has stopped it, or its loss rose at the edge;
-            - "risen": the loss has risen well above its least value, and no reading explains it;
+            - "risen": the loss has risen well above its least value, by more than its noise, and no reading explains
+              it;
             - "not learning": the loss has never fallen;
             - "contradictory": the Courant number and the exponent of the real step contradict each other;
             - "unknown": nothing was measured, the last measurements failed, the last reading is old, or of a learning
-              rate of 0 or one that has grown far since, or in the last one the outputs did not depend on the inputs,
-              for too few readings to call it collapsed;
+              rate of 0 or one that has grown far since, or found no curvature at all where the loss has not fallen, or
+              in the last one the outputs did not depend on the inputs,
+              for too few readings to call it collapsed, or the loss is too noisy to tell whether it falls;
             - "edge": at the edge of stability, where healthy training may stay;
             - "recovered": stable at the end, but not always, or after an event;
             - "stable".
         cause: what decided: "fault", "loss", "collapse", "courant", "exponent", "stop", "contradiction", "age",
-            "rate", "failed", "not measured", "event", "readings".
+            "rate", "flat", "failed", "not measured", "event", "readings", "noise".
         evidence: numbers (and the texts of a fault or a stop) that it rests on: ``step``, ``age`` of the last
             reading, ``courant`` (a mean of ``courant_readings``), ``exponent`` with ``lower`` and ``upper``, ``since``,
-            ``loss_first``, ``loss_least``, ``loss_smoothed``, ``loss_last``, ``event``, ``stop``, ``divide_by`` ...
+            ``loss_first``, ``loss_least``, ``loss_smoothed``, ``loss_last``, ``loss_noise`` (the standard deviation of
+            a single step's loss), ``event``, ``stop``, ``divide_by`` ...
         advice: what to do; empty without advice.
     """
 
@@ -148,20 +154,26 @@ def judge(run: Run) -> Verdict:
     if run.stop is not None:
         advice = f"{lower}; {MOVES}" if verdict.state == "stable" and run.event is None else lower
         return replace(verdict, state="unstable", cause="stop", advice=advice)
-    if losses is not None and losses.risen:
+    if losses is not None and (losses.risen or losses.has_exploded):
         if verdict.state == "unstable":
             return verdict
         if verdict.state == "edge":
             return replace(verdict, state="unstable", cause="loss", advice=lower)
+        if not (losses.has_clearly_risen or losses.has_exploded):
+            return replace(verdict, state="unknown", cause="noise", advice=NOISY)
         return replace(
             verdict, state="risen", cause="loss", advice=_more(run, "to see whether the learning rate is the cause")
         )
     if losses is not None and losses.fallen is False:
+        if verdict.state in ("stable", "recovered") and not losses.has_clearly_not_fallen:
+            return replace(verdict, state="unknown", cause="noise", advice=NOISY)
         return replace(verdict, state="not learning", cause="loss", advice=_not_learning(verdict, lower))
     age = evidence.get("age", 0)
     if verdict.state != "unknown" and run.step is not None and age > max(FEW, OLD * run.step):
         return replace(verdict, state="unknown", cause="age", advice=_more(run))
     courant = evidence.get("courant", math.nan)
+    if verdict.state in ("stable", "recovered") and is_flat(run.history) and not (losses and losses.fallen):
+        return replace(verdict, state="unknown", cause="flat", advice=_more(run, "when the outputs are others"))
     if verdict.state in ("stable", "recovered") and (
         run.scheduled > max(EDGE[0], GREW * courant) or (courant == 0 and "exponent" not in evidence)
     ):
@@ -183,6 +195,16 @@ def judge(run: Run) -> Verdict:
     return verdict
 
 
+def is_flat(history: Mapping[str, Curve]) -> bool:
+    """Return whether the last Courant number is 0 because the loss has no curvature in the outputs, at whatever rate.
+
+    Then it comes without a critical rate, as that is infinite.
+    """
+    courant, rate = (_read(history.get(f"stability/{key}")) for key in ("courant", "mean_square_lr"))
+    last = latest(history.get("stability/courant"))
+    return last == 0 and latest(history.get("stability/courant_mean_square")) == 0 and courant[-1:] != rate[-1:]
+
+
 def _of_the_run(run: Run) -> dict[str, Any]:
     """Return the evidence beside the readings."""
     evidence: dict[str, Any] = {
@@ -199,7 +221,8 @@ def _of_the_run(run: Run) -> dict[str, Any]:
     if losses is not None and losses.last_step >= 0:
         evidence |= {
             "loss_first": losses.first, "loss_least": losses.least, "loss_smoothed": losses.smoothed,
-            "loss_last": losses.last, "losses": losses.count, "loss_nonfinite_step": losses.nonfinite_step,
+            "loss_last": losses.last, "loss_noise": losses.noise, "losses": losses.count,
+            "loss_nonfinite_step": losses.nonfinite_step,
             "loss_did": _did(losses),
         }  # fmt: skip
     elif run.step is not None:
@@ -218,8 +241,10 @@ def _did(losses: LossRecord) -> str:
         return "not finite"
     if not losses.comparable:
         return "several"
-    if losses.risen:
+    if losses.has_exploded or (losses.risen and losses.has_clearly_risen):
         return "risen"
+    if losses.risen or (losses.fallen is False and not losses.has_clearly_not_fallen):
+        return "unclear"
     if losses.fallen is None:
         return "too short"
     return "fallen" if losses.fallen else "not fallen"

@@ -92,9 +92,17 @@ def _opening(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
         case "unknown", "age":
             age = f"the last reading is {evidence['age']:,} steps old"
             return f"stability is unknown since step {step}: {age} ({numbers}{against})"
+        case "unknown", "noise":
+            return "; ".join(filter(None, (_unclear(evidence), stability)))
+        case "unknown", "flat":
+            return (
+                f"stability is unknown since step {step}: the loss has no curvature in the outputs there, as where a "
+                f"softmax is saturated ({numbers})"
+            )
         case "unknown", "rate":
-            now = f"at today's the Courant number is {evidence['scheduled']:.2g}" if "scheduled" in evidence else ""
-            why = f"the learning rate has grown: {now}" if now else "a Courant number of 0 says nothing of larger rates"
+            scheduled = evidence.get("scheduled", 0.0)
+            why = f"the learning rate has grown: at today's the Courant number is {scheduled:.2g}"
+            why = why if scheduled else "a Courant number of 0 says nothing of larger rates"
             return f"stability is unknown since step {step}: {why} ({numbers})"
         case "unknown", _:
             return _not_measured(evidence)
@@ -125,6 +133,8 @@ def _loss(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
         return _risen(evidence)
     if did == "not fallen" and verdict.state != "not learning":
         return _not_fallen(evidence)
+    if did == "unclear" and verdict.cause != "noise":
+        return _unclear(evidence)
     if did == "fallen":
         lost = evidence.get("loss_nonfinite_step")
         broken = "" if lost is None else f", and was not finite at step {lost}"
@@ -134,6 +144,14 @@ def _loss(verdict: Verdict, evidence: Mapping[str, Any]) -> str:
 
 def _risen(evidence: Mapping[str, Any]) -> str:
     return f"the smoothed loss rose from {evidence['loss_least']:.3g} to {evidence['loss_smoothed']:.3g}"
+
+
+def _unclear(evidence: Mapping[str, Any]) -> str:
+    now, least, noise = evidence["loss_smoothed"], evidence["loss_least"], evidence["loss_noise"]
+    return (
+        f"whether the loss falls is unknown: smoothed, it is {now:.3g} now and was {least:.3g} at its least, but that "
+        f"of a single step scatters by {noise:.2g}"
+    )
 
 
 def _not_fallen(evidence: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import tree_map
-from lsp_callbacks.autograd.random_state import RandomState, TorchRandomState
+from lsp_callbacks.autograd.side_effects import RandomState, TorchRandomState
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lsp_callbacks.autograd.graph import depends_beside
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.step.composed_criterion import composed
@@ -100,7 +101,9 @@ class Criteria(TorchFunctionMode):
             if not bool(loss.isfinite()):
                 raise Unmeasurable("the loss of the probes is not finite")
             mean = result.ndim > 0  # reduction="none", and the user's own mean
-            if torch.equal((result.mean() if mean else result).detach(), loss.detach()):
+            value = (result.mean() if mean else result).detach()
+            # A further term may be 0, as a penalty is at its least, and yet have a curvature.
+            if torch.equal(value, loss.detach()) and not depends_beside(loss, result):
                 return self._evaluation(func, args, kwargs, mean, samples)
         if not bool(loss.isfinite()):
             raise Unmeasurable("the loss of the probes is not finite")

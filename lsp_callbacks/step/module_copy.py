@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -26,7 +27,6 @@ from lsp_callbacks.autograd._torch_internals import (
     buffers,
     foreach_copy,
 )
-from lsp_callbacks.autograd.spread_tensors import process_groups
 from lsp_callbacks.step.moving_parameters import MovingParameter
 
 #: What cannot be changed in place, or is shared.
@@ -339,8 +339,10 @@ def is_users_hook(hook: Any) -> bool:
 
 
 def shared_kinds() -> tuple[type, ...]:
-    """Return the classes of what a copy shares: data, and groups of processes, which cannot be copied."""
-    return (Dataset, DataLoader, *process_groups())
+    """Return the classes of what a copy shares: data, and meshes and groups of processes, which cannot be copied."""
+    meshes, groups = (sys.modules.get(f"torch.distributed{name}") for name in (".device_mesh", ""))
+    kinds = (getattr(meshes, "DeviceMesh", None), getattr(groups, "ProcessGroup", None))  # as far as they are imported
+    return (Dataset, DataLoader, *(kind for kind in kinds if kind is not None))
 
 
 def find_special(

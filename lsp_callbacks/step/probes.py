@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd._torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from lsp_callbacks.autograd._torch_internals import (
+    trained_parameters,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
+from lsp_callbacks.autograd.side_effects import muted
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.step.batch import batch_size, samples_between
 from lsp_callbacks.step.carried_state import Carried, belongs, carried, give_back, kept
 from lsp_callbacks.step.criterion import HOW, Criteria, Evaluation, evaluation
+from lsp_callbacks.step.criterion_check import SUMS, CriterionCheck, is_sum, why_other
 from lsp_callbacks.step.module_modes import as_trained, batch_norms
 from lsp_callbacks.step.pending_step import PendingStep
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.ranks import Ranks
 from lsp_callbacks.step.replay import copied
-from lsp_callbacks.step.side_effects import muted
+from lsp_callbacks.step.step_loss import loss_of
 
 ForwardFn = Callable[[nn.Module, Any], Tensor]
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -66,6 +74,7 @@ class Probes:
         self._sizes: list[int] = []
         self._carried: list[tuple[Carried, int]] = []  # and of how many samples
         self._failure: Exception | None = None
+        self._check = CriterionCheck()
         self.batch_size = self.forward_size = 0
         self.full = not self.needed
 
@@ -224,31 +233,76 @@ class Probes:
         together: bool = False,
     ) -> Callable[[], Evaluation]:
         def part() -> Evaluation:
-            if pending.module_copy is None or not pending.parts:
-                raise pending.failure or AssertionError
-            module = pending.module_copy.reset()
-            names = [] if state is None else give_back(module, *state)
-            pending.parts[0].random_state.restore()
-            probes = copied(batch)
-            device = next(module.parameters()).device
-            # In full precision, also where training rounds to bfloat16.
-            with (
-                muted(),
-                _naming_states(names) if names else contextlib.nullcontext(),
-                context(),
-                torch.autocast(device.type, enabled=False),
-                as_trained(module, together=together),
-            ):
-                if self.forward_fn is not None and self.criterion is not None:
-                    criterion = self.criterion
-                    return evaluation(self.forward_fn(module, probes), lambda f: criterion(f, probes), samples=size)
-                with Criteria() as criteria:
-                    outputs = loss(module, probes)
-            value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            return criteria.of(value, samples=size)
+            if self.forward_fn is not None and self.criterion is not None:
+                forward_fn, criterion = self.forward_fn, self.criterion
+                self._check.require(pending, lambda: self._why_other(pending, loss, context, forward_fn, criterion))
+                with self._running(pending, context, batch, size, state, together=together) as (module, probes):
+                    return evaluation(forward_fn(module, probes), lambda f: criterion(f, probes), samples=size)
+            running = self._running(pending, context, batch, size, state, together=together)
+            with running as (module, probes), Criteria() as criteria:
+                outputs = loss(module, probes)
+            return criteria.of(loss_of(outputs), samples=size)
 
         ranks = pending.run.ranks
         return part if ranks.world == 1 else ranks.private(part)
+
+    @contextlib.contextmanager
+    def _running(
+        self,
+        pending: PendingStep,
+        context: Any,
+        batch: Any,
+        size: int = 0,
+        state: tuple[Carried, int] | None = None,
+        *,
+        together: bool,
+    ) -> Iterator[tuple[nn.Module, Any]]:
+        """Yield the module of a step as it began, and a copy of a batch, to be run in full precision."""
+        if pending.module_copy is None or not pending.parts:
+            raise pending.failure or AssertionError
+        module = pending.module_copy.reset()
+        names = [] if state is None else give_back(module, *state)
+        pending.parts[0].random_state.restore()
+        probes = copied(batch)
+        device = next(module.parameters()).device
+        # In full precision, also where training rounds to bfloat16.
+        with (
+            muted(),
+            _naming_states(names) if names else contextlib.nullcontext(),
+            context(),
+            torch.autocast(device.type, enabled=False),
+            as_trained(module, together=together),
+        ):
+            yield module, probes
+
+    def _why_other(
+        self,
+        pending: PendingStep,
+        loss: Callable[[nn.Module, Any], Any],
+        context: Any,
+        forward_fn: ForwardFn,
+        criterion: Criterion,
+    ) -> str:
+        """Return why the user's criterion is not the loss of the step's own batch, see `why_other`."""
+        if pending.module_copy is None or not pending.parts:
+            raise pending.failure or AssertionError
+        module, batch = pending.module_copy.module, pending.parts[0].batch
+        together = bool(batch_norms(module))
+        kept: list[Tensor] = []
+
+        def own() -> Tensor:
+            with self._running(pending, context, batch, together=together) as (copy, of_step):
+                return loss_of(loss(copy, of_step))
+
+        def outputs() -> Tensor:
+            with self._running(pending, context, batch, together=together) as (copy, of_step):
+                kept.append(forward_fn(copy, of_step))
+                return kept[0]
+
+        with torch.enable_grad(), torch.autocast(next(module.parameters()).device.type, enabled=False):
+            parameters = [*trained_parameters(module).values()]
+            reason = why_other(own, outputs, lambda f: criterion(f, copied(batch)), parameters)
+            return reason or (SUMS if kept and is_sum(criterion, kept[0].detach(), copied(batch)) else "")
 
 
 @contextlib.contextmanager

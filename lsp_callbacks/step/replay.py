@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from threading import get_ident
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lsp_callbacks.autograd._torch_internals import checkpoints_without_reentrance, tree_map, without_hooks
-from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd._torch_internals import tree_map
+from lsp_callbacks.autograd.side_effects import Muter, muted, muters
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch, batch_size, samples_between
 from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.module_modes import batch_norms
-from lsp_callbacks.step.side_effects import Muter, mutable, muted, muters
 from lsp_callbacks.step.whole_copy import WholeCopy
 
 Replay = Callable[[], Tensor]
@@ -125,40 +121,3 @@ def _piece(part: MicroBatch, lo: int, hi: int, size: int) -> MicroBatch:
         return None if mean is None else mean * ((hi - lo) / size)
 
     return replace(part, batch=samples_between(part.batch, lo, hi), loss=loss)
-
-
-@contextlib.contextmanager
-def untouched(module: nn.Module, *, in_place: bool = False) -> Iterator[None]:
-    """Put the global random states back at the end, and let nothing inside call the module itself.
-
-    Its parameters are shared with the copy, so hooks on them are off: autograd would call them. A function that a user
-    stored on the module may refer to the module itself, in a copy too: calling the module raises. Nothing is compiled,
-    as every copy would be compiled anew. Activations are checkpointed without re-entrance, as re-entrant checkpoints
-    do not support ``torch.autograd.grad``, and hide what is inside.
-
-    Args:
-        module: that trains.
-        in_place: whether replays run the module itself, see `ModuleInPlace`.
-    """
-    originals = set() if in_place else {id(m) for m in module.modules()}
-    before = RandomState()
-
-    def refuse(called: nn.Module, args: tuple) -> None:
-        if id(called) in originals:
-            raise Unmeasurable(
-                f"the copy of the module calls the {type(called).__name__} of the original (through a lambda or a "
-                "closure that holds it): make that function a method, or pass loss_fn=..."
-            )
-
-    handle = register_module_forward_pre_hook(refuse)
-    try:
-        with (
-            mutable(),
-            without_hooks(module.parameters()),
-            torch.compiler.set_stance("force_eager"),
-            checkpoints_without_reentrance(),
-        ):
-            yield
-    finally:
-        handle.remove()
-        before.restore()

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.step.known_graph import KnownGraph
 from lsp_callbacks.step.known_scale import KnownScales
 from lsp_callbacks.step.module_copy import StandingCopy
 from lsp_callbacks.step.ranks import Ranks
+from lsp_callbacks.step.replay_checks import KnownGraph
 from lsp_callbacks.step.series import Trace
 from lsp_callbacks.step.shards import Shards
 

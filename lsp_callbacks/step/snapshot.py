@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import is_compiled, trained_parameters
 from lsp_callbacks.autograd.graph import Graph
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.graph_reader import GraphReader
@@ -119,10 +120,27 @@ class Snapshot:
         """The same step with the parameters that the optimizer holds, where they are spread; otherwise itself."""
         return self if self.held is None else _unsplit(self)
 
+    def require_optimizer(self) -> torch.optim.Optimizer:
+        """Return the step's optimizer.
+
+        Raises:
+            Unmeasurable: if there is none, or the step is not that of the optimizer on the step's loss.
+        """
+        if self.optimizer is None:
+            raise Unmeasurable("the snapshot has no optimizer: pass optimizer=... to the Snapshot")
+        if why := self.unsupported or self.run.invalidated:
+            raise Unmeasurable(why)
+        return self.optimizer
+
     @cached_property
-    def layout(self) -> list[tuple[str, torch.Size]]:
-        """Names and shapes of the parameters."""
-        return [(name, p.shape) for name, p in self.parameters.items()]
+    def groups(self) -> dict[str, dict[str, Any] | None]:
+        """The options of each trainable parameter in this step; None if the optimizer does not hold it.
+
+        Raises:
+            Unmeasurable: see `require_optimizer`.
+        """
+        groups = {id(p): group for group in self.require_optimizer().param_groups for p in group["params"]}
+        return {name: groups.get(id(p)) for name, p in self.unsplit.parameters.items()}
 
     @cached_property
     def flat_gradient(self) -> Tensor | None:

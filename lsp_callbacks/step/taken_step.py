@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.autograd.shifted_parameters import loss_rounding, restored, shift
+from lsp_callbacks.autograd.side_effects import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.flat import largest_learning_rate
 from lsp_callbacks.step.snapshot import OtherLoss, Snapshot

@@ -27,7 +27,7 @@ from lsp_callbacks import (
     StopOnInstability,
     Unmeasurable,
 )
-from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd.side_effects import RandomState
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.monitor import gradient_check, observer, training_loop
 from lsp_callbacks.step import pending_step

@@ -12,12 +12,16 @@ from lsp_callbacks import Lyapunov, Monitor, Sharpness, Unmeasurable
 from lsp_callbacks.loops import Watch
 from lsp_callbacks.loops.plain_loop import PlainLoop
 from lsp_callbacks.monitor.error_policy import ErrorPolicy
-from lsp_callbacks.monitor.gradient_check import GradientCheck, gradients_of
+from lsp_callbacks.monitor.gradient_check import GradientCheck
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.step_loss import StepLoss, loss_of
 
 SHARPNESS, LYAPUNOV = "stability/sharpness", "stability/lyapunov"
+
+
+def gradients_of(parameters):
+    return {p: p.grad for p in parameters if p.grad is not None}
 
 
 class ByHand(PlainLoop):

@@ -126,6 +126,59 @@ def test_there_is_a_verdict_before_training():
     assert StabilityMonitor().verdict.state == "unknown"
 
 
+def noisy(values, scatter=0.9):
+    """Losses whose steps scatter evenly about some values."""
+    generator = torch.Generator().manual_seed(0)
+    return [v * (1 + scatter * float(2 * torch.rand((), generator=generator) - 1)) for v in values]
+
+
+#: The least of the first few is low by chance; of 30, a quarter above it is more than noise.
+CHANCE = [4.0, 5.0, *noisy([8.4] * 58)]
+
+
+@pytest.mark.parametrize(
+    "curves, values, state, cause",
+    [
+        (STABLE, CHANCE, "unknown", "noise"),
+        (EDGE, CHANCE, "unstable", "loss"),  # what cannot be told is not told for the better
+        (STABLE, [*noisy([4.0] * 100, 0.3), *noisy([8.0] * 100, 0.3)], "risen", "loss"),
+        (STABLE, RISES, "risen", "loss"),
+        (STABLE, FLAT, "not learning", "loss"),
+        (STABLE, noisy(FALLS, 0.3), "stable", "exponent"),
+        (STABLE, [2.3, 6000.0, 700.0, 30.0, 20.0], "risen", "loss"),  # before 30 steps
+        (EDGE, [2.3, 6000.0, 700.0, 30.0, 20.0], "unstable", "loss"),
+        (STABLE, [2.3, 2.2, 9.0, 2.1, 2.0], "stable", "exponent"),
+        (STABLE, [2.3 * 2.0**k for k in range(40)], "risen", "loss"),
+    ],
+)
+def test_a_rise_is_more_than_noise(curves, values, state, cause):
+    verdict = judge(Run(curves, step=390, losses=losses(values)))
+    assert (verdict.state, verdict.cause) == (state, cause) and verdict.calm == (state == "stable")
+
+
+def test_noise_is_told_in_words():
+    verdict = judge(Run(STABLE, step=390, losses=losses(CHANCE)))
+    text = sentence(verdict)
+    assert "whether the loss falls is unknown: smoothed, it is" in text and "scatters by" in text
+    assert "rose" not in text and verdict.evidence["loss_noise"] == pytest.approx(8.4 * 0.9 / 3**0.5, rel=0.3)
+
+
+@pytest.mark.parametrize("values, state", [([5000.0] * 8, "unknown"), (FALLS, "stable"), ([2.3] * 70, "not learning")])
+def test_a_matrix_that_has_vanished_is_not_told_stable(values, state):
+    """Without a critical rate beside it, a number of 0 is no small rate."""
+    curves = history([0.1, 0.1, 0.0, 0.0], courant_mean_square=[0.1, 0.1, 0.0, 0.0], mean_square_lr=[1.0, 1.0])
+    verdict = judge(Run(curves, step=390, losses=losses(values)))
+    assert verdict.state == state
+    assert state != "unknown" or "no curvature in the outputs" in sentence(verdict)
+
+
+def test_a_rate_of_0_is_not_said_to_have_grown():
+    curves = history([0.0] * 4, courant_mean_square=[0.0] * 4, mean_square_lr=[1.0] * 4)
+    verdict = judge(Run(curves, step=390, losses=losses(FALLS[:40]), scheduled=0.0))
+    assert verdict.state == "unknown" and "says nothing of larger rates" in sentence(verdict)
+    assert "grown" not in sentence(verdict)
+
+
 def test_a_warm_up_from_zero_is_not_told_stable_by_its_first_step():
     """The only reading is of a learning rate of 0."""
     make, loader = digits(T, sgd(0.1), schedule=lambda t: t / 60)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lsp_callbacks import Sharpness, SpectralNorm, StabilityMonitor
 from lsp_callbacks.autograd.graph import Graph
 from lsp_callbacks.step import replay_checks
-from lsp_callbacks.step.known_graph import PASSED, SELDOM, KnownGraph
+from lsp_callbacks.step.replay_checks import PASSED, SELDOM, KnownGraph
 
 STEPS = 30
 KEY = "stability/sharpness"

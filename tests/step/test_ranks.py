@@ -182,6 +182,15 @@ def test_curves_of_the_joined_batch(found):
     assert not found[0]["smooth"]["said"]
 
 
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_a_criterion_is_compared_with_the_loss_of_each_process(found, penalty):
+    """Where it is another loss in one of them, nobody waits for that."""
+    values = [own["told", penalty]["history"]["stability/courant_mean_square"][1] for own in found]
+    assert repr(values[0]) == repr(values[1]) and len(values[0]) == 4
+    assert all(math.isnan(v) == bool(penalty) for v in values[0])
+    assert ["criterion(forward_fn" in text for text in found[0]["told", penalty]["said"]] == [True] * bool(penalty)
+
+
 def test_players_of_the_joined_batch(found):
     monitor = two_ranks.game()
     fit(two_ranks.Game, monitor, loader=two_ranks.joined(), max_steps=20)

@@ -12,12 +12,12 @@ from harness import MEASURED, data, mlp
 from torch import nn
 from torch.nn.utils import spectral_norm
 
-from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd.side_effects import RandomState, untouched
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.step.batch import MicroBatch
 from lsp_callbacks.step.flat import displaced, flatten, split
 from lsp_callbacks.step.module_copy import ModuleCopy, StandingCopy
-from lsp_callbacks.step.replay import copied, replayer, untouched
+from lsp_callbacks.step.replay import copied, replayer
 from lsp_callbacks.step.replay_checks import verified_calls, verify
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks._validation import number
-from lsp_callbacks.autograd.random_state import RandomState
 from lsp_callbacks.autograd.shifted_parameters import loss_rounding, restored, shift
+from lsp_callbacks.autograd.side_effects import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.critical_step import critical_step
 

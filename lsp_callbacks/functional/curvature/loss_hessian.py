@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.autograd.graph import read
-from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd.side_effects import RandomState
 from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, norm, unit

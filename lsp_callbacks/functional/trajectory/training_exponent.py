@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.autograd._torch_internals import copied_optimizer, tree_map
-from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd.side_effects import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
 

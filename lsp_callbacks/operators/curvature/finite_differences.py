@@ -12,7 +12,7 @@ from torch import Tensor
 from lsp_callbacks.autograd._torch_internals import base, foreach_norm, version
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator, inner, norm, norms
-from lsp_callbacks.linalg.norms import HIGH, LOW
+from lsp_callbacks.linalg.operator import HIGH, LOW
 from lsp_callbacks.operators.curvature.gradient_difference import Difference, LastProduct, Products, Untrusted
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.known_scale import Scale

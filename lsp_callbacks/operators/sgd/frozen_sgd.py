@@ -14,6 +14,7 @@ from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.sgd.gram_rate import gram_mean_square_lr
 from lsp_callbacks.functional.sgd.mean_square import mean_square_lr
 from lsp_callbacks.functional.sgd.modes import Modes, UpdateRule, noise_share, reduced_modes
+from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.sgd.chosen_positions import Chosen
 from lsp_callbacks.operators.sgd.gram_matrix import POSITIONS, TangentKernel, tangent_kernel
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
@@ -31,6 +32,8 @@ from lsp_callbacks.step.snapshot import Snapshot
 
 #: Eigenvalues of a float32 Gram matrix below this share of the largest are rounding errors.
 ROUNDING = 1e-6
+#: Norm of a gradient that is none, in the units of the loss.
+NO_GRADIENT = 1e-20
 #: Samples of a stream without end.
 ENDLESS = 10**9
 
@@ -185,13 +188,12 @@ def frozen_sgd(
             renews=renews, given=chosen,
         )  # fmt: skip
 
-    names = [*kernel.traces]
-
     def mean(decay: Mapping[str, float | Tensor]) -> float:
-        values = [float(decay[name]) for name in names]
+        if len({*map(float, decay.values())}) == 1:  # then no trace is asked for
+            return float(next(iter(decay.values())))
+        values, trace = [float(decay[name]) for name in kernel.traces], sum(kernel.traces.values())
         if min(values) == max(values):
             return values[0]
-        trace = sum(kernel.traces.values())
         if not trace:
             return 0.0
         return sum(value * share for value, share in zip(values, kernel.traces.values())) / trace
@@ -215,6 +217,22 @@ def frozen_sgd(
         together=probes.together if len(probes.batches) > 1 else 1,
         rounding=None if double else ROUNDING,
     )
+
+
+def require_curvature(snapshot: Snapshot, kernel: TangentKernel) -> None:
+    """Refuse a Gauss-Newton matrix that is 0 although the step has a gradient, where the network has not collapsed.
+
+    Raises:
+        Unmeasurable: it says nothing of stability.
+    """
+    if kernel.alike or bool(kernel.gram.diagonal().any()) or snapshot.gradient is None:
+        return
+    if any(g is not None and bool(norm(g) > NO_GRADIENT) for g in snapshot.gradient.values()):
+        raise Unmeasurable(
+            "the loss has a gradient, but no curvature in the outputs (a softmax that is saturated at wrong classes, "
+            "or a loss that is linear there: L1, or Huber's beyond its bend): the Gauss-Newton matrix is 0 and says "
+            "nothing of stability; sharpness, courant_gd and lyapunov know the rest of the curvature"
+        )
 
 
 def critical_rule(snapshot: Snapshot) -> StepConstants:

@@ -18,14 +18,12 @@ from lsp_callbacks.functional.sgd.positions import design_effect
 from lsp_callbacks.operators.sgd.chosen_positions import Chosen, joined_counts, positions_of, rows_alone, stands_for
 from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
-from lsp_callbacks.operators.sgd.graph_kind import GraphKind
-from lsp_callbacks.operators.sgd.graph_pass import GraphPass
+from lsp_callbacks.operators.sgd.graph_pass import GraphKind, GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
-from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, Squares, wide
+from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, Squares, Traces, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
 from lsp_callbacks.operators.sgd.statistics_factors import StatisticsFactors, random_signs
 from lsp_callbacks.operators.sgd.step_samples import random_fraction, sampled_rows
-from lsp_callbacks.operators.sgd.traces import Traces
 from lsp_callbacks.operators.trajectory.coming_preconditioner import remembered_rule
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.snapshot import Snapshot
@@ -188,7 +186,7 @@ class GraphRows(GraphReader):
                 total += share.numpy()
         else:
             total = torch.stack([*shares.values()]).sum(0, dtype=torch.float64).cpu().numpy()
-        return torch.from_numpy((total + total.T) * 0.5), Traces(self.parameters, shares)
+        return torch.from_numpy((total + total.T) * 0.5), Traces([*self.parameters], shares)
 
     def _choose(self, criterion: GraphCriterion, total: int) -> tuple[Chosen, Tensor]:
         """Return what to look at, and the cotangents there, ``(n, k, C)`` of the samples that have rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,33 @@ _WIDE = (torch.float32, torch.float64)
 #: Numbers that are formed at once of gradients that can be divided: larger blocks are no faster, and leave the heap of
 #: a process in pieces.
 BLOCK = 2**18
+
+
+@dataclass(frozen=True)
+class Traces(Mapping[str, float]):
+    """The trace of each parameter's share in K, by name; computed where somebody asks, as where decays differ.
+
+    Args:
+        names: of all parameters.
+        shares: of those that have one.
+    """
+
+    names: Sequence[str]
+    shares: Mapping[str, Tensor]
+
+    @cached_property
+    def _values(self) -> dict[str, float]:
+        traces = torch.stack([share.trace() for share in self.shares.values()]).tolist()
+        return dict.fromkeys(self.names, 0.0) | dict(zip(self.shares, traces))
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)

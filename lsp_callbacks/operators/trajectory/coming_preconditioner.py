@@ -72,6 +72,7 @@ def coming_rule(snapshot: Snapshot, *, squares: dict[str, Tensor] | None = None)
     return _rule_from_history(snapshot, steps)
 
 
+@computed_once
 def remembered_rule(snapshot: Snapshot) -> FrozenRule:
     """Return the coming rule, which is that of the step once nu holds `REMEMBERED` gradients.
 

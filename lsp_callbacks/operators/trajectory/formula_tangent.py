@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient, group_of, require_optimizer
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient
 from lsp_callbacks.operators.trajectory.update_rules import Coupled, Group, Linear, formula
 from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
@@ -123,7 +123,7 @@ def formula_tangent(snapshot: Snapshot, *, initialised: bool = False) -> Formula
 
     Cost: no gradient where the step has one; for SGD nothing is read.
     """
-    optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
+    optimizer, groups = snapshot.require_optimizer(), snapshot.groups
     rule, blocks, end = formula(optimizer), state_blocks(snapshot), 0
     blocks_of_group = {id(group): rule.blocks(group) for group in optimizer.param_groups}
     ranges: dict[tuple, list[tuple[int, int]]] = {}
@@ -164,7 +164,7 @@ def has_state(snapshot: Snapshot) -> bool:
     Raises:
         Unmeasurable: no optimizer, or one without a formula.
     """
-    optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
+    optimizer, groups = snapshot.require_optimizer(), snapshot.groups
     rule, gradient = formula(optimizer), snapshot.gradient
     return all(
         _state(optimizer, p).get(block) is not None
@@ -194,7 +194,7 @@ class _Before(Mapping[str, Tensor]):
         elif name == THETA:
             values = flatten(parameters, parameters)
         else:
-            optimizer = require_optimizer(self.snapshot)
+            optimizer = self.snapshot.require_optimizer()
             values = flatten([_state(optimizer, p).get(name) for p in parameters], parameters)
         flat = self.part.of(values.detach()).to(torch.promote_types(parameters[0].dtype, torch.float32))
         return flat if self.shape is None else flat.view(self.shape)
@@ -219,7 +219,7 @@ def state_blocks(snapshot: Snapshot) -> tuple[str, ...]:
     Raises:
         Unmeasurable: no optimizer, or one without a formula.
     """
-    return blocks_of(require_optimizer(snapshot))
+    return blocks_of(snapshot.require_optimizer())
 
 
 def blocks_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from lsp_callbacks.autograd.spread_tensors import local
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, per_parameter
-from lsp_callbacks.operators.trajectory.optimizer_input import group_of, held_mask, require_optimizer
+from lsp_callbacks.operators.trajectory.optimizer_input import held_mask
 from lsp_callbacks.operators.trajectory.spread_step import clip_factor, spread_step
 from lsp_callbacks.operators.trajectory.update_rules import (
     Formula,
@@ -80,8 +80,9 @@ class FrozenRule(StepConstants):
 
 @dataclass(frozen=True)
 class _Steps:
-    """What the step of each parameter is made from, by name, and each rate relative to the largest."""
+    """The rule of a step, what that of each parameter is made from, by name, and each rate relative to the largest."""
 
+    rule: Formula
     states: dict[str, Any]
     counts: dict[str, float]
     each: dict[str, ParameterStep]
@@ -100,7 +101,7 @@ def step_constants(snapshot: Snapshot) -> StepConstants:
 
 @computed_once
 def _steps_ahead(snapshot: Snapshot, steps: int) -> _Steps:
-    optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
+    optimizer, groups = snapshot.require_optimizer(), snapshot.groups
     rule = rule_with_edge(optimizer)
     momentum, dampening, nesterov, maximize = _common(rule, optimizer)
     lr, relative = _relative(optimizer, snapshot)
@@ -121,7 +122,7 @@ def _steps_ahead(snapshot: Snapshot, steps: int) -> _Steps:
         sign=-1.0 if maximize else 1.0,
         frozen=rule.second_moment is not None,
     )
-    return _Steps(states, counts, each, relative, constants)
+    return _Steps(rule, states, counts, each, relative, constants)
 
 
 @computed_once
@@ -176,10 +177,8 @@ def rule_ahead(
     Raises:
         Unmeasurable: see `frozen_rule`.
     """
-    optimizer, groups = require_optimizer(snapshot), group_of(snapshot)
-    rule = rule_with_edge(optimizer)
-    ahead = _steps_ahead(snapshot, steps)
-    states, counts, each, relative = ahead.states, ahead.counts, ahead.each, ahead.relative
+    ahead, groups = _steps_ahead(snapshot, steps), snapshot.groups
+    rule, states, counts, each, relative = ahead.rule, ahead.states, ahead.counts, ahead.each, ahead.relative
     correction, factors = ahead.constants.correction, _clip_factors(snapshot)
     scale: Scale = dict.fromkeys(groups, 0.0)
     decay: Scale = dict.fromkeys(groups, 0.0)
@@ -207,7 +206,7 @@ def rule_ahead(
         scale[name] = moves if isinstance(factor, float) and factor == 1.0 else factor * moves
         if group["weight_decay"] and not decoupled(group):
             decay[name] = float(group["weight_decay"]) * moves
-        buffer[name] = rate if isinstance(optimizer, torch.optim.RMSprop) else moves
+        buffer[name] = rate if isinstance(snapshot.optimizer, torch.optim.RMSprop) else moves
     return FrozenRule(**vars(ahead.constants), scale=scale, weight_decay=decay, buffer_scale=buffer)
 
 
@@ -337,7 +336,7 @@ def coupled_decay(snapshot: Snapshot) -> Tensor | float:
         return 0.0
     factors = _clip_factors(snapshot)
     values = []
-    for name, group in group_of(snapshot).items():
+    for name, group in snapshot.groups.items():
         factor = factors.get(name, 1.0)
         divisor = factor if isinstance(factor, float) and factor > 0 else 1.0
         values.append(0.0 if group is None or decoupled(group) else float(group["weight_decay"]) / divisor)

@@ -11,7 +11,6 @@ from lsp_callbacks.linalg import LinearOperator, unit
 from lsp_callbacks.operators.curvature.central_difference import central_difference
 from lsp_callbacks.operators.curvature.hessian import Method, hessian
 from lsp_callbacks.operators.trajectory.formula_tangent import blocks_of
-from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.step_jacobian import step_tangent
 from lsp_callbacks.operators.trajectory.update_rules import formula
 from lsp_callbacks.step.flat import flatten
@@ -31,7 +30,7 @@ def require_game(snapshot: Snapshot) -> Player:
     """
     if snapshot.player is None:
         raise Unmeasurable("the snapshot has no player: pass player=... to the Snapshot")
-    require_optimizer(snapshot)
+    snapshot.require_optimizer()
     for optimizer in snapshot.player.optimizers.values():
         formula(optimizer)
     return snapshot.player

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import copied_optimizer, forget_step_hooks
-from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd.side_effects import RandomState
 from lsp_callbacks.errors import Unmeasurable
 
 #: Index of the parameter, name and shape of each float tensor of a state.

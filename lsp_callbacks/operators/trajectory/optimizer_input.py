@@ -1,4 +1,4 @@
-"""The optimizer of a step, the options of each parameter, and the clipped gradient that it receives."""
+"""The clipped gradient that the optimizer of a step receives."""
 
 from __future__ import annotations
 
@@ -7,36 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.operators.trajectory.update_rules import Group
 from lsp_callbacks.step.flat import flatten
 from lsp_callbacks.step.replay_checks import replayed_gradient
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
-def require_optimizer(snapshot: Snapshot) -> torch.optim.Optimizer:
-    """Return the step's optimizer.
-
-    Raises:
-        Unmeasurable: if there is none, or the step is not that of the optimizer on the step's loss.
-    """
-    if snapshot.optimizer is None:
-        raise Unmeasurable("the snapshot has no optimizer: pass optimizer=... to the Snapshot")
-    if why := snapshot.run.unsupported or snapshot.mismatch or snapshot.run.invalidated:
-        raise Unmeasurable(why)
-    return snapshot.optimizer
-
-
-def group_of(snapshot: Snapshot) -> dict[str, Group | None]:
-    """Return the options of each trainable parameter in this step; None if the optimizer does not hold it."""
-    optimizer = require_optimizer(snapshot)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    return {name: groups.get(id(p)) for name, p in snapshot.unsplit.parameters.items()}
-
-
 def held_mask(snapshot: Snapshot) -> Tensor | None:
     """Return 1 where the optimizer holds a parameter, 0 elsewhere, flat; None if it holds all."""
-    groups = group_of(snapshot).values()
+    groups = snapshot.groups.values()
     if all(group is not None for group in groups):
         return None
     parameters = list(snapshot.parameters.values())

@@ -12,7 +12,6 @@ from lsp_callbacks.autograd.double_backward import jacobian
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method
-from lsp_callbacks.operators.trajectory.optimizer_input import group_of, require_optimizer
 from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian, step_response
 from lsp_callbacks.operators.trajectory.step_size import displacement
 from lsp_callbacks.operators.trajectory.update_rules import formula_of
@@ -32,7 +31,7 @@ def proximal(snapshot: Snapshot, theta: Tensor) -> Tensor:
         return theta
     parameters = list(snapshot.parameters.values())
     parts = []
-    for (name, group), part in zip(group_of(snapshot).items(), split(theta, parameters)):
+    for (name, group), part in zip(snapshot.groups.items(), split(theta, parameters)):
         moved = part if group is None else snapshot.run.prox(name, part, float(group.get("lr") or 0.0))
         if not isinstance(moved, Tensor) or moved.shape != part.shape:
             raise Unmeasurable(f"prox({name!r}, tensor, lr) must return a tensor of the shape {tuple(part.shape)}")
@@ -147,11 +146,11 @@ class Expected:
 def expected(snapshot: Snapshot) -> Expected:
     """Return where the step and the prox should leave the parameters. Cost: see `displacement`."""
     move = update(snapshot)
-    held = [group is not None for group in group_of(snapshot).values()]
+    held = [group is not None for group in snapshot.groups.values()]
     parameters = list(snapshot.parameters.values())
     parts = [part for part, moves in zip(split(flat_parameters(snapshot) + move, parameters), held) if moves]
     moving = [p for p, moves in zip(parameters, held) if moves]
-    rule = formula_of(require_optimizer(snapshot))
+    rule = formula_of(snapshot.require_optimizer())
     tolerance = TOLERANCE if rule is None else max(TOLERANCE, rule.rounding)
     return Expected(moving, flatten(parts, moving), float(torch.linalg.vector_norm(move)), tolerance)
 

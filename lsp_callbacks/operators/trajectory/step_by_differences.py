@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import tree_leaves
-from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd.side_effects import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy, float_names, held

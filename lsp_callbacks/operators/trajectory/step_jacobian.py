@@ -11,12 +11,7 @@ from torch import Tensor
 from lsp_callbacks.linalg import LinearOperator
 from lsp_callbacks.operators.curvature.hessian import Method, hessian
 from lsp_callbacks.operators.trajectory.formula_tangent import GRADIENT, THETA, formula_tangent
-from lsp_callbacks.operators.trajectory.optimizer_input import (
-    clipped_change,
-    clipped_gradient,
-    group_of,
-    require_optimizer,
-)
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_change, clipped_gradient
 from lsp_callbacks.operators.trajectory.step_by_differences import difference_tangent, require_smooth
 from lsp_callbacks.operators.trajectory.update_rules import formula, formula_of
 from lsp_callbacks.step.players import require_one
@@ -31,7 +26,7 @@ def tangent_path(snapshot: Snapshot) -> Path:
     Raises:
         Unmeasurable: where it cannot.
     """
-    optimizer = require_optimizer(snapshot)
+    optimizer = snapshot.require_optimizer()
     if formula_of(optimizer) is not None:
         formula(optimizer)
         return "exact"
@@ -69,7 +64,7 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     torch.optim.
     """
     require_one(snapshot.player)
-    optimizer = require_optimizer(snapshot)  # before anything is replayed
+    optimizer = snapshot.require_optimizer()  # before anything is replayed
     H = accurate_hessian(snapshot, method)
     n = H.shape[0]
     tangent, size = step_tangent(snapshot)
@@ -89,12 +84,12 @@ def accurate_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
 
     Without a formula, or through an orthogonalisation, the effect of rounding is unknown: ``"auto"`` is exact there.
     """
-    rule = formula_of(require_optimizer(snapshot))
+    rule = formula_of(snapshot.require_optimizer())
     if rule is None or rule.couples or method == "exact":
         return hessian(snapshot, method="exact" if method == "auto" else method)
     weight: Tensor | float
     if rule.second_moment is None:
-        weight = max((float(group["lr"]) for group in group_of(snapshot).values() if group), default=0.0)
+        weight = max((float(group["lr"]) for group in snapshot.groups.values() if group), default=0.0)
     else:
         weight = _response(snapshot)
     return hessian(snapshot, method=method, weight=weight, relative=False)
@@ -132,7 +127,7 @@ def step_response(snapshot: Snapshot) -> LinearOperator:
     def response(change: Tensor) -> Tensor:
         return tangent(change.new_zeros(size), change)
 
-    pull = _step_adjoint(snapshot) if formula_of(require_optimizer(snapshot)) is not None else None
+    pull = _step_adjoint(snapshot) if formula_of(snapshot.require_optimizer()) is not None else None
     transpose = None if pull is None else (lambda w: pull(w)[1])
     return LinearOperator((size, len(gradient)), response, transpose, dtype=dtype, device=gradient.device)
 
@@ -147,7 +142,7 @@ def step_tangent(snapshot: Snapshot) -> tuple[Callable[[Tensor, Tensor], Tensor]
 
     Cost: no gradient where the step has one.
     """
-    if formula_of(require_optimizer(snapshot)) is None:
+    if formula_of(snapshot.require_optimizer()) is None:
         step, size = difference_tangent(snapshot, clipped_gradient(snapshot))
     else:
         tangent = formula_tangent(snapshot)
@@ -187,7 +182,7 @@ def parameter_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> Linear
 
     Cost: one Hessian product for each product.
     """
-    formula(require_optimizer(snapshot))
+    formula(snapshot.require_optimizer())
     A = step_jacobian(snapshot, method=method)
     n = sum(p.numel() for p in snapshot.parameters.values())
 
@@ -213,7 +208,7 @@ def state_weight(snapshot: Snapshot) -> Tensor:
 
     Cost: no gradient.
     """
-    optimizer = require_optimizer(snapshot)
+    optimizer = snapshot.require_optimizer()
     rule = formula_of(optimizer)
     like = clipped_gradient(snapshot)
     like = like.to(torch.promote_types(like.dtype, torch.float32))

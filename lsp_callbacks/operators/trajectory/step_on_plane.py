@@ -17,7 +17,7 @@ from lsp_callbacks.operators.trajectory.formula_tangent import (
     formula_tangent,
     state_blocks,
 )
-from lsp_callbacks.operators.trajectory.optimizer_input import clipped_change, require_optimizer
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_change
 from lsp_callbacks.operators.trajectory.proximal import proximal_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import accurate_hessian
 from lsp_callbacks.operators.trajectory.update_rules import formula, reciprocal
@@ -103,7 +103,7 @@ def needs_product(snapshot: Snapshot) -> bool:
 
     That is where the optimizer divides by second moments, where gradients are clipped, and before a prox.
     """
-    rule = formula(require_optimizer(snapshot))
+    rule = formula(snapshot.require_optimizer())
     is_plain = rule.second_moment is None and not rule.couples
     return not is_plain or snapshot.clipping is not None or snapshot.run.prox is not None
 

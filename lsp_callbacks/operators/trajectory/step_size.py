@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd.random_state import RandomState
+from lsp_callbacks.autograd.side_effects import RandomState
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.trajectory.optimizer_copy import OptimizerCopy
-from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient, require_optimizer
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
@@ -25,7 +25,7 @@ def displacement(snapshot: Snapshot) -> Tensor:
 
     Cost: one optimizer step, on copies of parameters and state in double precision. Computed once a step.
     """
-    optimizer = require_optimizer(snapshot)
+    optimizer = snapshot.require_optimizer()
     parameters = list(snapshot.parameters.values())
     gradients = split(clipped_gradient(snapshot).double(), parameters)
     trial = OptimizerCopy(optimizer, parameters)

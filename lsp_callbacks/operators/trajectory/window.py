@@ -16,7 +16,6 @@ from lsp_callbacks.linalg import LinearOperator, push
 from lsp_callbacks.linalg.logs import exp
 from lsp_callbacks.operators.curvature.hessian import Method, products_so_far
 from lsp_callbacks.operators.trajectory.optimizer_copy import held
-from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.update_rules import formula, formula_of
 from lsp_callbacks.step.flat import split
@@ -60,7 +59,7 @@ class KeptStep:
     @property
     def is_light(self) -> bool:
         """Whether the derivative takes few vectors beside the step's own."""
-        rule = formula(require_optimizer(self.snapshot))
+        rule = formula(self.snapshot.require_optimizer())
         return self.method == "finite_difference" and rule.second_moment is None and not rule.couples
 
 
@@ -80,7 +79,7 @@ def keep(snapshot: Snapshot, method: Method) -> KeptStep:
     Cost: memory of the parameters, their gradient and the optimizer's state; one gradient where the snapshot has no
     loss or gradient.
     """
-    optimizer = require_optimizer(snapshot)
+    optimizer = snapshot.require_optimizer()
     kind = type(optimizer).__name__
     if formula_of(optimizer) is None:
         raise Unmeasurable(f"the step of {kind} is differentiated by differences, which give no adjoint")

@@ -29,7 +29,6 @@ from lsp_callbacks.operators.curvature.top_eigenvalue import bounded_top
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, step_constants
-from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.spread_step import clip_factor
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_bar
@@ -83,7 +82,7 @@ def measured_mode(snapshot: Snapshot, start: Tensor | None, top: Tensor | None, 
 
 def _unknown_edge(snapshot: Snapshot) -> str | None:
     """Return why the optimizer of a step has no edge of stability that is known; None where it has."""
-    require_optimizer(snapshot)
+    snapshot.require_optimizer()
     try:
         threshold_constant(step_constants(snapshot))
     except Unmeasurable as error:
@@ -253,7 +252,7 @@ class Sharpness(Quantity):
         if snapshot.player is not None:
             threshold_constant(step_constants(snapshot))
         elif not snapshot.run.invalidated:
-            require_optimizer(snapshot)
+            snapshot.require_optimizer()
 
     def unknown_update(self, snapshot: Snapshot) -> str | None:
         """Return why the optimizer's edge of stability is not known: its own, or how it is set."""

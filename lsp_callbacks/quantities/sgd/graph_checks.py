@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lsp_callbacks.operators.sgd.gram_matrix import TangentKernel
-from lsp_callbacks.operators.sgd.graph_kind import GraphKind
+from lsp_callbacks.operators.sgd.graph_pass import GraphKind
 from lsp_callbacks.quantities.base import Quantity
 
 #: Readings 1, 32, 1024, ... are checked.

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd, require_curvature
 from lsp_callbacks.operators.sgd.gram_matrix import tolerance
 from lsp_callbacks.operators.sgd.graph_check import unexplained_rows
-from lsp_callbacks.operators.sgd.graph_kind import GraphKind
+from lsp_callbacks.operators.sgd.graph_pass import GraphKind
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows
 from lsp_callbacks.operators.sgd.statistics_factors import StatisticsFactors
@@ -82,6 +82,9 @@ class MeanSquareStability(OfShards):
     of rows: about a gradient, on small networks the time of some hundred calls. The readings 1, 32, 1024, ... are
     checked against a replay, which takes two gradients more (with batch statistics three), and so is the one after the
     graph of the step, or what is trained, was found to have changed.
+
+    A first reading without any curvature in the outputs, though the loss has a gradient, is NaN: of losses that are
+    linear there (L1) the Gauss-Newton matrix says nothing. A later one is 0.
 
     Source: Mulayoff & Michaeli 2024; docs/theory.md, section The exponent of SGD, frozen at the weights.
     """
@@ -282,6 +285,8 @@ class MeanSquareStability(OfShards):
 
     def _finish(self, snapshot: Snapshot, sgd: FrozenSGD, *, checks: bool) -> None:
         """Complete a measurement with the critical rate of the linearised step."""
+        if self.latest is None:  # later a number of 0 stands beside others, and the loss says the rest
+            require_curvature(snapshot, sgd.kernel)
         if sgd.kernel.design is not None:
             self._designs.append(sgd.kernel.design)
         rate = (1 - TOLERANCE) * sgd.mean_square_lr(  # errs downwards

@@ -12,7 +12,7 @@ from torch import Tensor
 from lsp_callbacks._validation import whole
 from lsp_callbacks.functional.sgd.sgd_stability import Sampling
 from lsp_callbacks.functional.sgd.stability_diagram import StabilityDiagram, stability_diagram
-from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd
+from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, frozen_sgd, require_curvature
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing
 from lsp_callbacks.plots.figure import load
 from lsp_callbacks.plots.stability_diagram import draw_stability_diagram
@@ -195,6 +195,8 @@ class SGDStability(Quantity):
         sgd = frozen_sgd(
             snapshot, outputs=self.outputs, generator=generator, start=self._mode, most_rows=self.most_rows
         )
+        if self.latest is None:
+            require_curvature(snapshot, sgd.kernel)
         product = RandomProduct(self.sampling, self.replacement, self.chains, self.steps)
         values = exponents(sgd, product, draws)
         if self.horizon is not None:

@@ -19,7 +19,7 @@ from lsp_callbacks.operators.cost import forward_cost, products
 from lsp_callbacks.operators.curvature.gradient_kinks import loss_kinks, prox_kinks
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
-from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient, require_optimizer
+from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient
 from lsp_callbacks.operators.trajectory.proximal import proximal_jacobian
 from lsp_callbacks.operators.trajectory.step_jacobian import step_jacobian, step_response
 from lsp_callbacks.quantities.key import NATS, Key
@@ -153,7 +153,7 @@ class ClarkeTraining(Windowed):
         """Raise `Unmeasurable` where the gradient is at the limit of its clipping, which is a kink, too."""
         if snapshot.clipping is None:
             return
-        require_optimizer(snapshot)
+        snapshot.require_optimizer()
         size = snapshot.flat_gradient if snapshot.flat_gradient is not None else clipped_gradient(snapshot)
         size = torch.linalg.vector_norm(size) if snapshot.clipping.kind == "norm" else size.abs()
         if bool(((size / snapshot.clipping.limit - 1).abs() <= self.eps).any()):

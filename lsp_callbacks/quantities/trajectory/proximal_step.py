@@ -21,7 +21,6 @@ from lsp_callbacks.operators.cost import forward_cost, products
 from lsp_callbacks.operators.curvature.hessian import Method, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, decayed_hessian
-from lsp_callbacks.operators.trajectory.optimizer_input import group_of, require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import flat_parameters, proximal_jacobian, update
 from lsp_callbacks.operators.trajectory.step_jacobian import parameter_jacobian
 from lsp_callbacks.operators.trajectory.update_rules import decoupled, formula
@@ -102,7 +101,7 @@ class ProximalStep(Quantity):
         return product_memory(snapshot, self.method, self.steps + 16)
 
     def check(self, snapshot: Snapshot) -> None:
-        formula(require_optimizer(snapshot))
+        formula(snapshot.require_optimizer())
 
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step."""
@@ -134,8 +133,8 @@ def _identity(snapshot: Snapshot) -> LinearOperator:
 
 def _reason_for_no_promise(snapshot: Snapshot) -> str | None:
     """Return why this step is no proximal gradient step of the theory; None if it is."""
-    optimizer = require_optimizer(snapshot)
-    groups = [group for group in group_of(snapshot).values() if group is not None]
+    optimizer = snapshot.require_optimizer()
+    groups = [group for group in snapshot.groups.values() if group is not None]
     if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] or group["maximize"] for group in groups):
         return "the step is not that of plain SGD: with momentum or a preconditioner nothing is promised"
     if len({float(group["lr"]) for group in groups}) != 1 or not float(groups[0]["lr"]) or any(map(decoupled, groups)):
@@ -156,7 +155,7 @@ def _reason_for_no_promise(snapshot: Snapshot) -> str | None:
 
 def _measured(snapshot: Snapshot, method: Method) -> tuple[ProximalBounds, tuple[float, float]]:
     step = update(snapshot)
-    lr = next(float(group["lr"]) for group in group_of(snapshot).values() if group is not None)
+    lr = next(float(group["lr"]) for group in snapshot.groups.values() if group is not None)
     H = decayed_hessian(snapshot, method=method)
     decay, parameters = coupled_decay(snapshot), list(snapshot.parameters.values())
 

@@ -20,7 +20,6 @@ from lsp_callbacks.operators.footprint import TWICE, footprint
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.formula_tangent import state_blocks
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import step_constants
-from lsp_callbacks.operators.trajectory.optimizer_input import require_optimizer
 from lsp_callbacks.operators.trajectory.proximal import update_jacobian, update_response
 from lsp_callbacks.operators.trajectory.step_jacobian import tangent_path
 from lsp_callbacks.operators.trajectory.update_rules import formula
@@ -162,7 +161,7 @@ class StabilityProfile(Windowed):
         if supported:  # the diagonals of the step
             vectors += (1 + blocks) * blocks
         if supported and self.bounds:  # parameters, gradient, state and noise of each step; bases and pushed vectors
-            differences = 3 if formula(require_optimizer(snapshot)).second_moment is None else 0  # see `KeptStep.maps`
+            differences = 3 if formula(snapshot.require_optimizer()).second_moment is None else 0  # see `KeptStep.maps`
             vectors += self.horizon * (2 + blocks + differences) + ENDS * (max(1, self.bounds // 2) + 3 * blocks) + 2
         parts = product_memory(snapshot, self.method, vectors)
         parts["copies"] *= 1 + self.horizon  # each step that is kept has buffers of its own

@@ -15,8 +15,8 @@ from harness import Model, data, fit, mlp
 from torch import nn
 
 from lsp_callbacks import Monitor, Sharpness, StabilityMonitor
+from lsp_callbacks.autograd.side_effects import muted
 from lsp_callbacks.loops import Watch
-from lsp_callbacks.step.side_effects import muted
 
 SHARPNESS = "stability/sharpness"
 log = logging.getLogger("users")
