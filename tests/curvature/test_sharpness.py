@@ -27,7 +27,7 @@ from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import coming_rule, decayed_hessian, frozen_rule, preconditioned_hessian, step_jacobian
 from lsp_callbacks.operators.cost import followed_cost
 from lsp_callbacks.operators.curvature.followed_top import COLD, MOST, USUAL, WARM
-from lsp_callbacks.operators.curvature.stability_threshold import followed_mode, followed_threshold, stability_threshold
+from lsp_callbacks.operators.curvature.stability_threshold import followed_mode, stability_threshold
 from lsp_callbacks.step.clipping import Clipping
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW

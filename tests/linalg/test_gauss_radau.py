@@ -110,7 +110,10 @@ def test_no_eigenvector_with_that_overlap_lies_beyond_what_is_hidden(overlap):
 
 def test_the_products_of_one_metric_tell_of_another():
     """Against the operator itself: the same space by the same vectors, ``R^-1/2`` times the directions."""
-    A, rates = symmetric([4.0, 3.0, 2.5, *torch.linspace(0, 1, 17).tolist()], seed=4), torch.logspace(-3, 3, 20).double()
+    A, rates = (
+        symmetric([4.0, 3.0, 2.5, *torch.linspace(0, 1, 17).tolist()], seed=4),
+        torch.logspace(-3, 3, 20).double(),
+    )
     root = rates.sqrt()
     behind = root[:, None] * A * root
     images = Images(from_matrix(A), (None, rates))

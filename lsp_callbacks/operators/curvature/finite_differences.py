@@ -9,11 +9,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd._torch_internals import base, foreach_norm, version
+from lsp_callbacks.autograd._torch_internals import base, version
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import LinearOperator, inner, norm, norms
-from lsp_callbacks.linalg.operator import HIGH, LOW
+from lsp_callbacks.linalg import LinearOperator, inner, norm
 from lsp_callbacks.operators.curvature.gradient_difference import Difference, LastProduct, Products, Untrusted
+from lsp_callbacks.operators.curvature.parameter_lengths import lengths, sizes_of
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.known_scale import Scale
 from lsp_callbacks.step.snapshot import Snapshot
@@ -306,7 +306,9 @@ class Differences:
         return small and not grows and abs(far.defect - 2 * near.defect) > 0.3 * abs(near.defect)
 
     def _gap(self, near: Difference, far: Difference, weight: Tensor | float | None = None) -> float:
-        return self._norm((self.weight if weight is None else weight) * (near.change / near.distance - far.change / far.distance))
+        return self._norm(
+            (self.weight if weight is None else weight) * (near.change / near.distance - far.change / far.distance)
+        )
 
     # What a process that holds a part of each vector computes together with the others, see `ShardDifferences`.
 
@@ -323,7 +325,7 @@ class Differences:
         return [torch.dot(a, b) for a, b in pairs]
 
     def _norms(self, parts: Sequence[Tensor], order: float = 2.0) -> list[float]:
-        return _norms([*parts], order)
+        return sizes_of([*parts], order)
 
     def _norm(self, v: Tensor) -> float:
         return float(norm(v))
@@ -385,23 +387,3 @@ def difference_hessian(
             ) from None
 
     return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)
-
-
-def lengths(parameters: Sequence[Tensor], sizes: Sequence[float] | None = None) -> list[float] | None:
-    """Return the norm of an average row of each tensor, at least a tenth of the median; None where all are 0.
-
-    Args:
-        parameters: the tensors.
-        sizes: their norms, if they are known.
-    """
-    sizes = _norms([p.detach() for p in parameters]) if sizes is None else sizes
-    values = [float(size) / max(1, len(p) if p.ndim else 1) ** 0.5 for size, p in zip(sizes, parameters)]
-    typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
-    return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
-
-
-def _norms(parts: list[Tensor] | tuple[Tensor, ...], order: float = 2.0) -> list[float]:
-    """Return the norm of each part."""
-    sizes = torch.stack(foreach_norm(parts, order)).tolist()
-    is_accurate = order != 2.0 or all(LOW < size < HIGH for size in sizes)
-    return sizes if is_accurate else torch.stack(norms(parts)).tolist()

@@ -28,8 +28,8 @@ CARRIED = 4.0
 #: much.
 RAISED, MOST_GAIN = (0.5, 0.25, 0.25), 0.3
 #: The error bar: a least number, and multiples of what is hidden behind an overlap; multiples of the gain, of the fall
-#: and of what has turned, after the first products and each further one. ``UNKNOWN`` is there without an earlier vector.
-#: Chosen on seeds 0 and 1 of
+#: and of what has turned, after the first products and each further one. ``UNKNOWN`` is there without an earlier
+#: vector. Chosen on seeds 0 and 1 of
 #: ``benchmarks/sharpness_error_bars.py``.
 LEAST, HIDDEN, OVERLAP = 0.06, 0.85, 0.15
 UNKNOWN = 0.25
@@ -128,19 +128,23 @@ def followed_tops(
     for taken in range(1, most + 1):
         assert direction is not None
         images.add(direction)
-        for estimate in estimates:
+        # Before all have had their turn, one is looked at.
+        for estimate in estimates if taken >= steps else [min(estimates, key=_Estimate.turn)]:
             estimate.judge(steps)
         open_ones = [estimate for estimate in estimates if not estimate.is_complete]
         if taken >= steps:
             open_ones = [estimate for estimate in open_ones if estimate.bar > WIDE]
-        # First each in its turn, the last one first; then the one that is known worst.
+        # First each in its turn; then the one that is known worst.
         while open_ones:
-            nearest = max(open_ones, key=lambda e: (e.bar, 0.0) if taken >= steps else (-e.turns, float(e.metric)))
+            nearest = max(open_ones, key=lambda e: (e.bar, 0) if taken >= steps else tuple(-x for x in e.turn()))
             if (direction := nearest.next()) is not None:
                 break
             open_ones.remove(nearest)
-        if not open_ones or not all(math.isfinite(estimate.node.value) for estimate in estimates):
+        if not open_ones or not math.isfinite(nearest.node.value):
             break
+    for estimate in estimates:
+        if estimate.node is None or estimate.node.products < taken:
+            estimate.judge(steps)
     products.end_run()
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before)
     return [estimate.top(accuracy, taken) for estimate in estimates]
@@ -152,14 +156,19 @@ class _Estimate:
     def __init__(self, images: Images, metric: int, earlier: Earlier, length: float):
         self.images, self.metric, self.earlier, self.length = images, metric, earlier, length
         self.node: TopNode = None  # type: ignore[assignment]
+        self._vector: Tensor | None = None
         self.bar, self.early, self.turns, self.further, self.is_complete = math.inf, math.nan, 0, 0, False
+
+    def turn(self) -> tuple[int, int]:
+        """Return what is least for the one whose turn it is: each in its turn, the last one first."""
+        return self.turns, -self.metric
 
     def judge(self, steps: int) -> None:
         """Look at the products after one more; ``steps`` come in any case."""
         self.node = node = self.images.top(self.metric)
         if node.products <= steps:
             self.early = node.value  # values of fewer products are lower: those of as many are told to the next step
-        self._vector: Tensor | None = None
+        self._vector = None
         if node.products >= steps:
             self.further = min(node.products - steps, len(RAISED) - 1)
             self.bar = error_bar(node, _fall(node.value, self.earlier.values), self._turned(), self.further)
@@ -168,6 +177,8 @@ class _Estimate:
         """Return 1 less the overlap of the vector with the earlier ones; None without any."""
         if not self.length or not math.isfinite(self.node.value):
             return None
+        if not TURNED[self.further]:
+            return 0.0
         start = self.earlier.vector
         assert start is not None
         return 1.0 - min(1.0, abs(float(self.images.operator.dots([self.vector], start.to(self.vector)))) / self.length)
@@ -193,8 +204,8 @@ class _Estimate:
         accuracy = relative * node.scale
         error = accuracy if self.is_complete else max(accuracy, self.bar * abs(value))
         numbers = (value, error, accuracy, error + value - node.least, node.value if self.is_complete else self.early)
-        value, error, accuracy, beyond, early = torch.tensor(numbers, dtype=torch.float64).unbind()
-        return Top(value, vector, error, accuracy, beyond, products, early, self._carried(vector))
+        raised, bar, rounding, beyond, early = torch.tensor(numbers, dtype=torch.float64).unbind()
+        return Top(raised, vector, bar, rounding, beyond, products, early, self._carried(vector))
 
     def _carried(self, vector: Tensor) -> Tensor:
         """Return a running mean of the vectors, of which little is left where this one is another."""
