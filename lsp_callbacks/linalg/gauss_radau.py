@@ -93,7 +93,7 @@ class Images:
         >>> import torch
         >>> from lsp_callbacks.linalg import Images, from_matrix
         >>> images = Images(from_matrix(torch.diag(torch.tensor([1.0, 0.4, 0.0, 0.0, 0.0]))))
-        >>> images.add(torch.ones(5))
+        >>> images.add(torch.ones(5) / 5**0.5)
         >>> images.add(images.next(images.top()))
         >>> round(images.top().least, 3), round(images.top().value, 3)
         (0.922, 1.0)
@@ -107,13 +107,12 @@ class Images:
         self._grams = [(np.zeros((0, 0)), np.zeros((0, 0))) for _ in rates]
 
     def add(self, direction: Tensor) -> None:
-        """Take the product of a direction, which is not 0 and which nobody else holds.
+        """Take the product of a direction, a unit vector that nobody changes any more.
 
         Cost: the product, and inner products with each vector so far.
         """
         dots, rates = self.operator.dots, self.rates
-        x = direction.div_(self.operator.norm(direction).to(direction.dtype))
-        y = self.operator.apply(x)
+        x, y = direction, self.operator.apply(direction)
         earlier, images = self._directions, self._images
         self._directions, self._images = [*earlier, x], [*images, y]
         columns = dots(self._directions, y).tolist()
@@ -174,27 +173,23 @@ class Images:
         return _sum(node.directions, self._directions).div_(root).add_(_sum(node.images, self._images).mul_(root))
 
     def next(self, node: TopNode, metric: int = 0) -> Tensor | None:
-        """Return the part of an estimate's vector that no product is known of, ``R^1/2`` times; None if there is none.
+        """Return the part of an estimate's vector that no product is known of, ``R^1/2`` times, as a unit vector.
 
         Orthogonal to the directions so far, so that the error of a product by differences is not divided by what little
-        is new in it.
+        is new in it. None if nothing is left.
         """
-        weights, (A, _), rate = node.images, self._grams[metric], self.rates[metric]
+        weights, (A, C), rate = node.images, self._grams[metric], self.rates[metric]
         if not weights.any():
             weights = np.eye(len(A))[-1]
         inside = -np.linalg.lstsq(A, self._mixed @ weights, rcond=None)[0]
         outside = _sum(weights, self._images)
         rest = outside if rate is None else outside.mul_(rate)
-        size = float(self.operator.norm(rest))
+        size = max(0.0, float(weights @ C @ weights)) ** 0.5 if rate is None else float(self.operator.norm(rest))
         for weight, d in zip(inside.tolist(), self._directions):
             rest.add_(d, alpha=weight)
         remains = float(self.operator.norm(rest))
-        return rest if remains > torch.finfo(rest.dtype).eps ** 0.5 * size and math.isfinite(remains) else None
-
-    def dots(self, node: TopNode, other: Tensor) -> float:
-        """Return the inner product of another vector with that of an estimate in the metric 1."""
-        parts = (*self._directions, *self._images)
-        return float(np.dot((*node.directions, *node.images), self.operator.dots(parts, other).tolist()))
+        is_new = remains > torch.finfo(rest.dtype).eps ** 0.5 * size and math.isfinite(remains)
+        return rest.div_(remains) if is_new else None
 
 
 def _bordered(matrix: np.ndarray, last: Sequence[float]) -> np.ndarray:

@@ -13,7 +13,7 @@ from lsp_callbacks.linalg import Images, TopNode, from_matrix, lanczos
 def images_of(A, start, steps: int) -> Images:
     """Images of a Krylov space, or of less where nothing is new."""
     images = Images(from_matrix(A))
-    images.add(start.clone())
+    images.add(start / start.norm())
     for _ in range(steps - 1):
         if (direction := images.next(images.top())) is None:
             break
@@ -117,7 +117,7 @@ def test_the_products_of_one_metric_tell_of_another():
     root = rates.sqrt()
     behind = root[:, None] * A * root
     images = Images(from_matrix(A), (None, rates))
-    images.add(random(20, seed=2))
+    images.add(random(20, seed=2) / random(20, seed=2).norm())
     for metric in (1, 0, 1):
         images.add(images.next(images.top(metric), metric))
     for metric, matrix in enumerate((A, behind)):
@@ -131,9 +131,11 @@ def test_the_products_of_one_metric_tell_of_another():
 def test_a_direction_that_depends_on_the_others_is_left_out():
     A = symmetric([3.0, 2.0, 1.0, 0.5, 0.2], seed=1)
     images, start = Images(from_matrix(A), (None, torch.ones(5, dtype=f64))), random(5, seed=3)
-    images.add(start.clone())
+    images.add(start / start.norm())
     alone = images.top(0)
-    images.add(start + 1e-4 * random(5, seed=4))  # whatever a difference has made of it is divided by 1e-4
+    images.add(
+        (start + 1e-4 * random(5, seed=4)) / start.norm()
+    )  # whatever a difference has made of it is divided by 1e-4
     close(images.top(0).value, alone.value, 1e-9)
 
 

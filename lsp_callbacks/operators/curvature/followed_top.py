@@ -256,7 +256,7 @@ def _mixed(
     gradient: Tensor | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return a start of earlier vectors, gradient and noise, as much of each metric."""
+    """Return a start of earlier vectors, gradient and noise, as much of each metric; a unit vector."""
     total = _noise(operator, generator)
     for metric, length in zip(metrics, lengths):
         root, start = metric.root, metric.vector if length else None
@@ -273,7 +273,7 @@ def _mixed(
             length = float(operator.norm(mixed))
             if 0 < length < math.inf:
                 total.add_(mixed, alpha=float(operator.norm(total)) / length)
-    return total
+    return total.div_(operator.norm(total).to(total.dtype))
 
 
 def _noise(operator: LinearOperator, generator: torch.Generator) -> Tensor:
