@@ -71,11 +71,11 @@ def chunk_places(heads: Sequence[Any]) -> tuple[list[Tensor], int]:
         origins.append((node, place, tuple(g.shape)))
         digits = g.reshape(-1, width)[:, :_DIGITS].long().cpu()
         numbers = (digits * _BASE ** torch.arange(_DIGITS)).sum(1)
-        (found,) = numbers.nonzero(as_tuple=True)
+        (places_of_rows,) = numbers.nonzero(as_tuple=True)
         order = torch.empty(rows, dtype=torch.long)
-        if len(found) != rows or not torch.equal(numbers[found].sort().values, number):
+        if len(places_of_rows) != rows or not torch.equal(numbers[places_of_rows].sort().values, number):
             raise UnknownGraph("rows of a chunk are used more than once")
-        order[numbers[found] - 1] = found
+        order[numbers[places_of_rows] - 1] = places_of_rows
         places.append(order)
     shape = origins[0][2]
     total = torch.Size(shape[:-1]).numel()

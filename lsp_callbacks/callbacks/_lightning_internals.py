@@ -76,7 +76,7 @@ def is_kind_of(name: str, thing: Any) -> bool:
 
 def has_no_optimizer(trainer: Any) -> bool:
     """Return True if ``configure_optimizers`` has returned None, for which Lightning puts an optimizer of no use."""
-    return bool(trainer.optimizers) and all(is_kind_of("_MockOptimizer", one) for one in trainer.optimizers)
+    return bool(trainer.optimizers) and all(is_kind_of("_MockOptimizer", optimizer) for optimizer in trainer.optimizers)
 
 
 def is_lightning_module(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lsp_callbacks.callbacks._lightning_internals import logged_row
-from lsp_callbacks.callbacks.log_histogram import by_kind, log_histogram
+from lsp_callbacks.callbacks.log_pictures import by_kind, log_histogram
 from lsp_callbacks.monitor.history import Curve, Observation
 from lsp_callbacks.quantities.key import is_global, scalars
 

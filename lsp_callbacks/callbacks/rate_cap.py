@@ -184,8 +184,8 @@ class RateCap:
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers only."""
-        own = {name: value for name, value in vars(self).items() if name not in ("safety", "max_age")}
-        return {name: list(value) if isinstance(value, list) else value for name, value in own.items()}
+        state = {name: value for name, value in vars(self).items() if name not in ("safety", "max_age")}
+        return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""

@@ -47,11 +47,11 @@ class RatesOfUpdate:
     def put_back(self) -> None:
         """Give the groups their own rates again, if they have others; what somebody else has set since stays."""
         replaced, self._replaced = self._replaced, []
-        for group, own, rate in replaced:
-            if isinstance(group["lr"], Tensor) and isinstance(own, Tensor):
-                group["lr"].copy_(own)
+        for group, rate_before, rate in replaced:
+            if isinstance(group["lr"], Tensor) and isinstance(rate_before, Tensor):
+                group["lr"].copy_(rate_before)
             elif group["lr"] == rate:
-                group["lr"] = own
+                group["lr"] = rate_before
 
     def close(self) -> None:
         """Put the rates back, and leave the optimizer."""

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.hidden_hooks import hide_hooks, show_hooks
+from lsp_callbacks.callbacks.lightning_loop import LightningLoop
 from lsp_callbacks.callbacks.loss_feed import LossFeed
 from lsp_callbacks.callbacks.lr_forecast import LRForecast
 from lsp_callbacks.monitor.losses import TOGETHER
 from lsp_callbacks.monitor.observer import StepObserver
+from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.step.step_loss import StepLoss
 
 #: Those of a callback that measures which have nothing to do meanwhile.
@@ -37,17 +39,29 @@ class Rest:
         observer: that counts the steps.
         forecast: of the rates.
         feed: of the losses.
-        is_plain: whether each batch is a step of one optimizer that Lightning calls, and nothing is recorded at each.
+        loop: of Lightning, which calls the optimizer or not.
+        is_one: whether each batch is a step of one optimizer.
 
     Attributes:
         is_on: whether the callback rests.
     """
 
     def __init__(
-        self, callback: Callback, observer: StepObserver, forecast: LRForecast, feed: LossFeed, *, is_plain: bool
+        self,
+        callback: Callback,
+        observer: StepObserver,
+        forecast: LRForecast,
+        feed: LossFeed,
+        loop: LightningLoop,
+        *,
+        is_one: bool,
     ):
         self._callback, self._observer, self._forecast, self._feed = callback, observer, forecast, feed
-        self._cadence, self._losses, self._is_plain = observer.monitor.cadence, observer.monitor.losses, is_plain
+        monitor = observer.monitor
+        self._cadence, self._losses = monitor.cadence, monitor.losses
+        is_called = is_one and loop.is_automatic and loop.scaler is None and not loop.overrides_step
+        # Plain is a batch that is a step which Lightning calls, and of which nothing is recorded.
+        self._is_plain = is_called and monitor.trace is None and Numerics.name not in monitor.quantities
         self._last: float = -1  # step before the next that may be measured
         self._most_loss = self._most_rate = -math.inf  # above which a step is looked at
         self._group: dict[str, Any] = {}

@@ -377,8 +377,8 @@ class RollBackOnInstability(StopOnInstability):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        own = ("roll_backs", "scale", "stable", "changed_step", "folder", "states", "data")
-        super().load_state_dict({name: value for name, value in state_dict.items() if name not in own})
+        names_of_state = ("roll_backs", "scale", "stable", "changed_step", "folder", "states", "data")
+        super().load_state_dict({name: value for name, value in state_dict.items() if name not in names_of_state})
         self._folder, self._data = state_dict["folder"], state_dict["data"]
         self._states.load_state_dict(state_dict["states"])
         if self._pending is None:

@@ -30,12 +30,14 @@ class RunResults:
         stopwatch: that runs while something is measured.
         forecast: of the learning rates to come.
         sub_batch: how many samples a measurement uses; None is the whole batch.
+        save_vectors: whether checkpoints hold the vectors of what is under way.
     """
 
     def __init__(self, monitor: Monitor, observer: StepObserver, publisher: Publisher):
         self.monitor, self.observer, self.stopwatch = monitor, observer, publisher.stopwatch
         self.forecast, self._publisher = LRForecast(), publisher
         self.sub_batch: int | None = None
+        self.save_vectors = False
         self._loss_feed = LossFeed(monitor, Ranks())  # another one when training begins
         #: ArrivedLoss of each observation and of the end of each step: `StopOnInstability`.
         self.subscribers: list[Any] = []
@@ -68,14 +70,9 @@ class RunResults:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Why quantities are not measured in this run, by their names: all that a preset or a limit left out."""
+        """Why quantities are not measured in this run, or not yet, by their names."""
         self._bring_home()
         return self.monitor.skipped
-
-    @property
-    def waiting(self) -> dict[str, str]:
-        """Why quantities have not been measured yet, by their names: the budget has not paid for it so far."""
-        return self.monitor.cadence.waiting()
 
     @property
     def paths(self) -> dict[str, str]:
@@ -149,6 +146,15 @@ class RunResults:
                 listener(observation)
         if completed.fault is not None:
             self._publisher.publish(trainer, completed.fault, sub_batch=sub_batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        monitor = self.monitor.state_dict(vectors=self.save_vectors)
+        return {"step": self.observer.step, **self.forecast.state_dict(), "monitor": monitor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.observer.step = int(state_dict.get("step", 0))  # 0 is taken from the trainer
+        self.forecast.load_state_dict(state_dict)
+        self.monitor.load_state_dict(state_dict.get("monitor", {}))
 
     def _bring_home(self) -> None:
         if (contents := self._mailbox.receive()) is not None:

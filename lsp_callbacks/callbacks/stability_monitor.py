@@ -33,7 +33,6 @@ from lsp_callbacks.monitor.history import NOTHING
 from lsp_callbacks.monitor.observer import StepObserver
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.module_filter import Selection
-from lsp_callbacks.quantities.numerics.numerics import Numerics
 from lsp_callbacks.report import sentence
 from lsp_callbacks.step.pending_step import LossFn
 from lsp_callbacks.step.probes import Criterion, ForwardFn, population
@@ -191,10 +190,8 @@ class StabilityMonitor(RunResults, Callback):
         told = self.subscribers if self.cap is None else [self.cap, *self.subscribers]  # which ask for its next rate
         self._loss_feed = LossFeed(self.monitor, ranks, told, self.loss_listeners, is_automatic=loop.is_automatic)
         self._numbers.begin_run(trainer, is_game=losses is not None)
-        is_one = len(trainer.optimizers) == 1 and losses is None and self.accumulate is None and loop.is_automatic
-        is_watched = self.monitor.trace is not None or Numerics.name in self.monitor.quantities
-        is_plain = is_one and not is_watched and loop.scaler is None and not loop.overrides_step
-        self._rest = Rest(self, observer, self.forecast, self._loss_feed, is_plain=is_plain)
+        is_one = len(trainer.optimizers) == 1 and losses is None and self.accumulate is None
+        self._rest = Rest(self, observer, self.forecast, self._loss_feed, loop, is_one=is_one)
         # The sum of several players' losses need not fall.
         self.monitor.losses.comparable = len(trainer.optimizers) <= 1
         observer.begin_run(
@@ -316,15 +313,6 @@ class StabilityMonitor(RunResults, Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.observer.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        monitor = self.monitor.state_dict(vectors=self.save_vectors)
-        return {"step": self.observer.step, **self.forecast.state_dict(), "monitor": monitor}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.observer.step = int(state_dict.get("step", 0))  # 0 is taken from the trainer
-        self.forecast.load_state_dict(state_dict)
-        self.monitor.load_state_dict(state_dict.get("monitor", {}))
-
 
 def monitor_among(callbacks: Iterable[Any]) -> StabilityMonitor | None:
     """Return the first `StabilityMonitor` of some callbacks; None if there is none."""
@@ -337,7 +325,7 @@ def monitor_beside(name: str, trainer: Any) -> StabilityMonitor:
     Raises:
         ValueError: if there is none.
     """
-    found = monitor_among(trainer.callbacks)
-    if found is None:
+    monitor = monitor_among(trainer.callbacks)
+    if monitor is None:
         raise ValueError(f"{name} needs a StabilityMonitor: add one to Trainer(callbacks=[...])")
-    return found
+    return monitor

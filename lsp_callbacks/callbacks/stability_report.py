@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from lsp_callbacks import report
 from lsp_callbacks.callbacks._lightning_internals import logged_row
 from lsp_callbacks.callbacks.base import Callback
-from lsp_callbacks.callbacks.log_figure import log_figure
-from lsp_callbacks.callbacks.run_events import run_events
+from lsp_callbacks.callbacks.log_pictures import log_figure
 from lsp_callbacks.callbacks.run_folder import run_folder, unused
 from lsp_callbacks.callbacks.stability_monitor import monitor_among, monitor_beside
+from lsp_callbacks.callbacks.stop_on_instability import StopOnInstability
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.quantities.key import PREFIX
 
@@ -93,8 +93,8 @@ class StabilityReport(Callback):
             *self._log(trainer, "run", figure),
         )
         drawn = [q for q in self._source.monitor.quantities.values() if q.picture and q.update_count]
-        reasons = self._source.skipped | self._source.waiting
-        skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in reasons.items()]
+        reasons = self._source.skipped.items()
+        skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in reasons]
         pictures = [text for q in drawn for text in self._drawn(q, trainer, path)]
         report.print_report(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
 
@@ -185,3 +185,25 @@ class Losses:
         self.steps, self.stride = state_dict["steps"].tolist(), state_dict["stride"]
         self._count, self._values = state_dict["count"], torch.zeros(POINTS)
         self._values[: len(self.steps)] = state_dict["values"]
+
+
+def run_events(trainer: Any, steps: Sequence[int], losses: Sequence[float], stride: int) -> dict[str, int | None]:
+    """Return the step of each event by its name, None where it has not happened.
+
+    Args:
+        trainer: Lightning's.
+        steps: of the losses.
+        losses: of the run, or means over several steps.
+        stride: number of steps in a mean.
+    """
+    events: dict[str, int | None] = {}
+    stop = next((c for c in trainer.callbacks if isinstance(c, StopOnInstability)), None)
+    if stop is not None:
+        name = stop.monitor.removeprefix("stability/")
+        sign = "lyapunov" in name and stop.threshold == 0
+        events["exponent turned positive" if sign else f"{name} above {stop.threshold:g}"] = stop.event_step
+    alarm = report.loss_alarm(losses, stride=stride)
+    events["loss alarm"] = None if alarm is None else steps[alarm]
+    if stop is not None:
+        events["stopped"] = stop.stop_step
+    return events

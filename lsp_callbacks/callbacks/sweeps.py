@@ -101,8 +101,8 @@ class StabilityReporter(StopOnInstability):
         self.metrics, self.at, self._tune = [*metrics], at, tune
 
     def _report(self, trainer: Any, *, unstable: bool = False) -> None:
-        known = trainer.callback_metrics
-        values = {key: float(known[key]) for key in (*self.metrics, self.monitor) if key in known}
+        metrics = trainer.callback_metrics
+        values = {key: float(metrics[key]) for key in (*self.metrics, self.monitor) if key in metrics}
         values = {key: value for key, value in values.items() if math.isfinite(value)}
         values[UNSTABLE] = float(unstable)
         if self.stop_step is not None:

@@ -25,7 +25,7 @@ class WatchedNumber:
 
     def __init__(self, key: str, patience: int, patience_steps: int):
         self.key, self._patience = key, (patience, patience_steps)
-        self._own, self._others = Readings(*self._patience), Readings(*self._patience)
+        self._readings, self._others = Readings(*self._patience), Readings(*self._patience)
         self._others_before = self._others
         self._stands_in = self._blind = False  # blind: what it stands in for looked calm
 
@@ -34,10 +34,10 @@ class WatchedNumber:
         values = observation.values
         value = values.get(self.key, math.nan)
         self._others_before = self._others
-        self._own.add(observation.step, value)
+        self._readings.add(observation.step, value)
         if self.key == COURANT and math.isnan(value):
             # Not yet decided, or failing; it may also be complete some steps later.
-            if COURANT in values or not len(self._own):
+            if COURANT in values or not len(self._readings):
                 self._others.add(observation.step, values.get(GD, math.nan))
                 self._stands_in = True
         elif not math.isnan(value):
@@ -52,14 +52,14 @@ class WatchedNumber:
         if not self._stands_in:
             self._others = self._others_before
             self._others.add(observation.step, gd)
-        if self._own.latest_step == observation.step and self._own.latest <= threshold:
-            self._own.drop()
+        if self._readings.latest_step == observation.step and self._readings.latest <= threshold:
+            self._readings.drop()
             self._stands_in = self._blind = True
 
     @property
     def readings(self) -> Readings:
         """The readings that decide."""
-        return self._others if self._is_replaced else self._own
+        return self._others if self._is_replaced else self._readings
 
     @property
     def _is_replaced(self) -> bool:
@@ -78,17 +78,17 @@ class WatchedNumber:
     @property
     def values(self) -> list[float]:
         """All readings that are kept, of either number."""
-        return [*self._own.values, *self._others.values]
+        return [*self._readings.values, *self._others.values]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the readings of both, and which of them decides."""
         return {
-            "own": self._own.state_dict(), "others": self._others.state_dict(),
+            "own": self._readings.state_dict(), "others": self._others.state_dict(),
             "stands_in": self._stands_in, "blind": self._blind,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self._own.load_state_dict(state["own"])
+        self._readings.load_state_dict(state["own"])
         self._others.load_state_dict(state["others"])
         self._stands_in, self._blind = state["stands_in"], state["blind"]

@@ -175,7 +175,7 @@ class TrialRuns(Callback):
                     "that are trained; look at the initialisation"
                 )
             self.search = RateSearch(critical)
-        elif self.inner.skipped or len(self._losses) > PATIENCE:
+        elif self.inner.monitor.quantities.skipped or len(self._losses) > PATIENCE:
             why = "; ".join(self.inner.skipped.values()) or f"no reading within {PATIENCE} steps"
             raise Unmeasurable(f"the critical rate cannot be measured here: {why}")
 

@@ -190,10 +190,12 @@ class Cadence:
         return None if pace.parts is None else max(pace.length, account.period(name))
 
     def waiting(self) -> dict[str, str]:
-        """Return why quantities have no measurement yet, by name: the budget has not paid for one."""
+        """Return why quantities have no measurement yet, by name: they wait, or the budget has not paid for one."""
         reasons = {}
         for name, pace in self.paces.items():
-            if pace.every_n_steps is None and not pace.count and pace.parts is not None:
+            if pace.postponed is not None and not pace.count:
+                reasons[name] = f"it needs to see more steps before, and waits for step {pace.postponed}"
+            elif pace.every_n_steps is None and not pace.count and pace.parts is not None:
                 reasons[name] = (
                     f"the budget pays {pace.price:.3g} gradients for it once in {self.period(name):.0f} steps: name it "
                     f"in every_n_steps={{{name!r}: ...}} to measure it more often, or give a larger budget"

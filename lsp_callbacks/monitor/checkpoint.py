@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from lsp_callbacks.monitor.history import History
@@ -39,6 +40,19 @@ def monitor_state(monitor: Monitor, *, vectors: bool, joined: bool) -> dict[str,
 
 
 def load_monitor_state(monitor: Monitor, state: dict[str, Any]) -> None:
+    """Continue from a state that `monitor_state` returned; begin anew, with a warning, where it cannot be read."""
+    try:
+        _load(monitor, state)
+    except Exception as error:
+        monitor.reset()
+        warnings.warn(
+            f"lsp_callbacks begins anew: the checkpoint's state of version {state.get('version')} cannot be read "
+            f"({type(error).__name__}: {error})",
+            stacklevel=3,
+        )
+
+
+def _load(monitor: Monitor, state: dict[str, Any]) -> None:
     """Continue from a state that `monitor_state` returned.
 
     Raises:

@@ -47,10 +47,10 @@ def foretell(
         if not names:
             continue
         cadence.observed(step)
-        known = {
+        prices_of_start = {
             name: first.get(name, prices[name]) if not cadence.paces[name].count else prices[name] for name in names
         }
-        cadence.priced(known, named=named, counting=COUNTING * (step == 0), step_cost=step_cost)
+        cadence.priced(prices_of_start, named=named, counting=COUNTING * (step == 0), step_cost=step_cost)
         cadence.started(step, cadence.starting(step))
     counts = {name: pace.count for name, pace in cadence.paces.items()}
     return counts, {name: cadence.period(name) or 0.0 for name in counts}

@@ -32,10 +32,10 @@ def composed(loss: Tensor, logits: Iterable[Tensor], samples: int | None) -> tup
     terms = read_terms(nodes, plain_kinds(nodes))
     if any(term.node.name() != LOG_SOFTMAX or not is_last_axis(term.node) for term in terms):
         raise UnknownGraph("the loss is no cross-entropy over the last axis")
-    known = {(t.grad_fn, t.output_nr): t for t in logits}
+    logits_by_node = {(t.grad_fn, t.output_nr): t for t in logits}
     parts = []
     for term in terms:
-        part = known.get(term.node.next_functions[0])
+        part = logits_by_node.get(term.node.next_functions[0])
         if part is None:
             raise UnknownGraph("a softmax of what is not given to a known criterion")
         parts.append(part.reshape(-1, part.shape[-1]))

@@ -82,14 +82,14 @@ def why_other(
     value = loss()
     if not isinstance(value, Tensor) or not value.requires_grad:
         return ""  # it is told elsewhere that there is no gradient
-    own, true = read(value), _gradient(value, parameters)
+    graph_of_step, true = read(value), _gradient(value, parameters)
     f = outputs()
     if not isinstance(f, Tensor) or not f.requires_grad:
         return ""  # likewise
     given = criterion(f)
     told = _gradient(given, parameters, keep=True)
     size, other, difference = norm(true), norm(told), norm(true - told)
-    graphs = own, read(given)
+    graphs = graph_of_step, read(given)
     if not bool(difference > (1e-2 if all(graph.full for graph in graphs) else 0.1) * size):
         return ""  # nor is it said here that one of them is not finite
     # Where the samples' gradients cancel each other, what is left of them may be their rounding.

@@ -117,8 +117,8 @@ class StandingCopy:
 
     def move(self, parameters: Iterable[nn.Parameter]) -> None:
         """Copy these parameters from now on, and put them back as buffers are: steps move them before their update."""
-        known = {id(p) for p in self._moving}
-        self._moving += [p for p in parameters if id(p) not in known]
+        moving = {id(p) for p in self._moving}
+        self._moving += [p for p in parameters if id(p) not in moving]
         self._twin = None
 
     def __reduce__(self) -> tuple[type, tuple]:
@@ -130,9 +130,9 @@ class _Twin:
 
     def __init__(self, module: nn.Module, shared: Iterable[Any], moving: Iterable[nn.Parameter] = ()):
         self._moving = [MovingParameter(p) for p in moving]
-        own = {id(moved.original): moved.copy for moved in self._moving}
-        parameters = [own.get(id(p), p) for p in module.parameters()]
-        self.parameters = [p for p in module.parameters() if id(p) not in own]
+        copies = {id(moved.original): moved.copy for moved in self._moving}
+        parameters = [copies.get(id(p), p) for p in module.parameters()]
+        self.parameters = [p for p in module.parameters() if id(p) not in copies]
         memo: dict[int, Any] = {}
         self._shared = self._kept_apart(shared)
         originals, held_in_common = list(module.modules()), shared_kinds()

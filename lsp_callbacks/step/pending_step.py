@@ -23,9 +23,8 @@ from lsp_callbacks.step.module_copy import ModuleCopy
 from lsp_callbacks.step.module_in_place import ModuleInPlace
 from lsp_callbacks.step.module_modes import evaluating
 from lsp_callbacks.step.moving_parameters import moved_together
-from lsp_callbacks.step.own_calls import OwnCalls
 from lsp_callbacks.step.replay import DividedReplay, copied
-from lsp_callbacks.step.replay_checks import replayed_gradient, verify
+from lsp_callbacks.step.replay_checks import OwnCalls, replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.sharded_replay import ShardedReplay, raising
 from lsp_callbacks.step.shards import local_parameters

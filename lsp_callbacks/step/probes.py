@@ -290,7 +290,7 @@ class Probes:
         together = bool(batch_norms(module))
         kept: list[Tensor] = []
 
-        def own() -> Tensor:
+        def loss_of_step() -> Tensor:
             with self._running(pending, context, batch, together=together) as (copy, of_step):
                 return loss_of(loss(copy, of_step))
 
@@ -301,7 +301,7 @@ class Probes:
 
         with torch.enable_grad(), torch.autocast(next(module.parameters()).device.type, enabled=False):
             parameters = [*trained_parameters(module).values()]
-            reason = why_other(own, outputs, lambda f: criterion(f, copied(batch)), parameters)
+            reason = why_other(loss_of_step, outputs, lambda f: criterion(f, copied(batch)), parameters)
             return reason or (SUMS if kept and is_sum(criterion, kept[0].detach(), copied(batch)) else "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,23 @@ def verified_calls(snapshot: Snapshot) -> dict[str, Call]:
     return snapshot.verified.calls
 
 
+def calls_with_inputs(snapshot: Snapshot, captures_inputs: Callable[[str, nn.Module], bool]) -> dict[str, Call]:
+    """Return the calls of a step with the inputs of some modules, by one more replay where these were not kept.
+
+    Args:
+        snapshot: the step.
+        captures_inputs: of which modules, see `recording_calls`.
+
+    Raises:
+        Unmeasurable: if the replayed loss is not the step's.
+    """
+    modules = dict(snapshot.module.named_modules())
+    wanted = [call for name, call in snapshot.calls.items() if captures_inputs(name, modules[name])]
+    if all(call.args or call.kwargs for call in wanted):
+        return snapshot.calls
+    return verified_calls(replace(snapshot, run=replace(snapshot.run, captures_inputs=captures_inputs)))
+
+
 @contextlib.contextmanager
 def recording_calls(module: nn.Module, captures_inputs: Callable[[str, nn.Module], bool]) -> Iterator[dict[str, Call]]:
     """Record the first call of every module that is made inside.
@@ -157,13 +175,36 @@ def recording_calls(module: nn.Module, captures_inputs: Callable[[str, nn.Module
         yield calls
 
 
+def captures_nothing(name: str, module: nn.Module) -> bool:
+    """Return False: no quantity wants the inputs of this module."""
+    return False
+
+
+class OwnCalls:
+    """The first call of each module from now on, by hooks that go with this object.
+
+    Args:
+        module: that is trained; not a compiled one, which hooks would compile anew.
+    """
+
+    def __init__(self, module: nn.Module):
+        with contextlib.ExitStack() as stack:
+            self._calls = stack.enter_context(recording_calls(module, captures_nothing))
+            self._remove = weakref.finalize(self, stack.pop_all().close)
+
+    def taken(self) -> dict[str, Call]:
+        """Return the calls so far, by name, and record no more."""
+        self._remove()
+        return self._calls
+
+
 def _verify(snapshot: Snapshot, losses: list[Tensor] | None = None) -> Graph:
     """Return the graph of a replay that has the step's own loss; the replayed loss of this rank goes to ``losses``.
 
     Where the graph is known, see `KnownGraph`, the loss alone is looked at.
     """
-    known = snapshot.run.known_graph
-    expected = known.expected(snapshot.own_graph)
+    known_graph = snapshot.run.known_graph
+    expected = known_graph.expected(snapshot.own_graph)
 
     def rank_graph() -> Graph:
         # With a graph, as in training: some kernels are chosen by whether a gradient is wanted. Hooks do not fire
@@ -181,10 +222,10 @@ def _verify(snapshot: Snapshot, losses: list[Tensor] | None = None) -> Graph:
     try:
         graph = joined(snapshot.run.ranks.gather(rank_graph, "the replay"))
     except Exception:
-        known.failed()
+        known_graph.failed()
         raise
     if expected is None:
-        known.verified(snapshot.own_graph, graph)
+        known_graph.verified(snapshot.own_graph, graph)
     snapshot.verified.loss = True
     return graph
 

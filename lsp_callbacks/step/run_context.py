@@ -12,17 +12,12 @@ from torch import Tensor, nn
 from lsp_callbacks.step.known_scale import KnownScales
 from lsp_callbacks.step.module_copy import StandingCopy
 from lsp_callbacks.step.ranks import Ranks
-from lsp_callbacks.step.replay_checks import KnownGraph
+from lsp_callbacks.step.replay_checks import KnownGraph, captures_nothing
 from lsp_callbacks.step.series import Trace
 from lsp_callbacks.step.shards import Shards
 
 #: From the name of a parameter, its value and its learning rate to its new value.
 Prox = Callable[[str, Tensor, float], Tensor]
-
-
-def captures_nothing(name: str, module: nn.Module) -> bool:
-    """Return False: no quantity wants the inputs of this module."""
-    return False
 
 
 @dataclass(frozen=True, eq=False)

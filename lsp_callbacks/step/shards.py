@@ -38,12 +38,12 @@ class Shards:
             what: name of the exchange.
         """
 
-        def own() -> tuple[Tensor]:
+        def of_rank() -> tuple[Tensor]:
             parts = [value / self.copies[name] for name, value in values.items()]
             device = self.ranks.device
             return (torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=device),)
 
-        (mean,) = self.ranks.mean(own, what)
+        (mean,) = self.ranks.mean(of_rank, what)
         return mean * self.ranks.world
 
 

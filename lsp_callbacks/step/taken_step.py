@@ -140,17 +140,17 @@ class TakenStep:
         """Return a loss at the parameters before the update, and by how much its replays differ from it, relative."""
         if not is_own or self._loss is None:
             return loss(0.0)[0], 0.0
-        own = self._loss.detach().double()
+        before = self._loss.detach().double()
         if not (self._check or is_replayed):
-            return own, self._tolerance
+            return before, self._tolerance
         again, rounding = loss(0.0)
-        if not bool((again - own).abs() <= (rounding + self._tolerance) * own.abs()):
+        if not bool((again - before).abs() <= (rounding + self._tolerance) * before.abs()):
             raise Unmeasurable(
                 f"the loss of step {self.step} is another one after its update, at the same parameters: something "
                 "outside the batch, the module and the random state changes it from step to step (a counter, a "
                 "global variable): keep it in the module"
             )
-        return (again, 0.0) if is_replayed else (own, self._tolerance)
+        return (again, 0.0) if is_replayed else (before, self._tolerance)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

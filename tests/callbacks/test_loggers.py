@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lsp_callbacks import StabilityMonitor, StabilityReport
-from lsp_callbacks.callbacks.log_histogram import by_kind, log_histogram
+from lsp_callbacks.callbacks.log_pictures import by_kind, log_histogram
 from lsp_callbacks.report.logs.find import read_run
 from lsp_callbacks.report.logs.logged_run import PNG
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from lsp_callbacks import SGDStability, StabilityMonitor, StabilityReport, Unmeasurable
-from lsp_callbacks.callbacks.log_figure import log_figure
+from lsp_callbacks.callbacks.log_pictures import log_figure
 from lsp_callbacks.cli.diagram import Settings, examine
 from lsp_callbacks.cli.main import main
 from lsp_callbacks.demo import Digits, ResidualNet

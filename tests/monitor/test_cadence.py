@@ -298,8 +298,12 @@ def test_what_the_budget_has_not_paid_for_yet_is_said_with_its_price():
 
     monitor = Monitor(Dial(lambda step: 0.1, cost=0.5), Dear(lambda step: 1.0))
     starts(monitor, 30)
-    assert [*monitor.cadence.waiting()] == ["dear"] and "stability/sharpness" not in monitor.history
-    assert f"{monitor.cadence.paces['dear'].price:.3g} gradients" in monitor.cadence.waiting()["dear"]
+    assert [*monitor.skipped] == ["dear"] and "stability/sharpness" not in monitor.history
+    assert f"{monitor.cadence.paces['dear'].price:.3g} gradients" in monitor.skipped["dear"]
+    monitor.cadence.postpone("dear", 40)
+    assert "waits for step 40" in monitor.skipped["dear"]
+    monitor.skip({"it cannot be measured": ["dear"]}, warn=False)
+    assert monitor.skipped == {"dear": "it cannot be measured"}
 
 
 def test_the_rate_that_comes_next_brings_the_measurement_forward():

@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from lsp_callbacks import Curve, StabilityMonitor, StabilityReport, StopOnInstability
 from lsp_callbacks.callbacks import stability_report
-from lsp_callbacks.callbacks.run_events import run_events
+from lsp_callbacks.callbacks.stability_report import run_events
 from lsp_callbacks.quantities.tables import stated_keys
 from lsp_callbacks.report import e_folding, figure, loss_alarm, table, verdict
 from lsp_callbacks.report.curves import averaged, centred_median, trailing_mean

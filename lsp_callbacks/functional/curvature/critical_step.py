@@ -105,12 +105,12 @@ def critical_step(
                 raise _hidden(low)
             is_doubtful, s = True, low.s / 2
         else:
-            found = line.crossing(low, high, deepest)
-            if found.error <= max(tolerance, found.hidden):
-                if found.hidden > CLEAR:
+            crossing = line.crossing(low, high, deepest)
+            if crossing.error <= max(tolerance, crossing.hidden):
+                if crossing.hidden > CLEAR:
                     raise _hidden(low)
-                return CriticalStep(found.s, found.error + found.hidden, passes)
-            s = line.between(low, high, found)
+                return CriticalStep(crossing.s, crossing.error + crossing.hidden, passes)
+            s = line.between(low, high, crossing)
     raise Unmeasurable(f"the least multiple of the update that raises the loss was not found in {MOST} evaluations")
 
 

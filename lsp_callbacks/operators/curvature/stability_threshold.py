@@ -101,7 +101,7 @@ class StabilityThreshold(SharpMode):
     Attributes:
         sharpness: ``lambda_max(H)``, algebraic, of the step's loss.
         error: ``lambda_max(H)`` is within ``error |sharpness|`` of it, see `top_eigenvalue` and `followed_top`.
-        courant_error: the same for ``courant``; equal to ``error`` where one run gives both.
+        courant_error: the same for ``courant``; NaN where ``error`` is that of both, as H' is H and has one rate.
         courant: ``lambda_max(R^1/2 H' R^1/2) / c``: 1 is the edge.
         limit: ``lambda_max(H') / courant``, the sharpness at which the step would be at its edge; NaN at rate 0.
         top: unit eigenvector of H, flat; the mode itself where R is one number.
@@ -324,11 +324,14 @@ def _threshold(
         scale, shift = rate, 0.0 if maximize else decay / rate if rate else added
         decayed = steepest.value + shift
     value = steepest.value + shift
+    courant_error = _relative(steepest.error, value)
+    if plain is steepest and shift == 0:
+        courant_error = torch.full_like(courant_error, torch.nan)
     courant = scale * value / constant
     return StabilityThreshold(
         sharpness=plain.value,
         error=_relative(plain.error, plain.value),
-        courant_error=_relative(steepest.error, value),
+        courant_error=courant_error,
         courant=courant,
         limit=decayed / courant,
         top=plain.vector,

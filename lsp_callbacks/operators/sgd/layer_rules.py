@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import padding_amounts
+from lsp_callbacks.operators.sgd.some_units import Units
 
 #: Of the samples of a batch every so many, at most, show how outputs and inputs of a convolution go together, and so
 #: many positions at least.
@@ -70,6 +71,7 @@ class Use:
         entries: see `Entries`; None where they are only formed all at once.
         width: lo and hi of ``entries`` are multiples of that.
         values: the gradients, ``(N, R, P)``, where they are held as they are.
+        units: see `Units`; None where no unit can be formed alone.
     """
 
     gradients: Gradients
@@ -80,6 +82,7 @@ class Use:
     entries: Entries | None = None
     width: int = 1
     values: Tensor | None = None
+    units: Units | None = None
 
 
 @singledispatch
@@ -136,7 +139,20 @@ def _outer(a: Tensor, g: Tensor, *, transposed: bool = False) -> Use:
     return Use(
         lambda lo, hi: torch.einsum(order, g[lo:hi], a[lo:hi]).flatten(2), rows, outer,
         entries=_entries(order, a, g, transposed=transposed), width=(g if transposed else a).shape[-1],
+        units=_units(order, a, g, transposed=transposed),
     )  # fmt: skip
+
+
+def _units(order: str, a: Tensor, g: Tensor, *, transposed: bool) -> Units:
+    def sizes() -> tuple[Tensor, Tensor]:
+        of_g, of_a = (t.flatten(0, -2).square().sum(0) for t in (g, a))
+        return (of_a, of_g) if transposed else (of_g, of_a)
+
+    def entries(index: Tensor) -> Tensor:
+        at = (g, a[..., index]) if transposed else (g[..., index], a)
+        return torch.einsum(order, *at).flatten(2)
+
+    return Units(sizes, entries)
 
 
 def _entries(order: str, a: Tensor, g: Tensor, *, transposed: bool) -> Entries:
@@ -239,10 +255,11 @@ def table_use(table: Table, entries: int) -> Use:
     def some_entries(lo: int, hi: int) -> Tensor:
         n, rows, _, width = g.shape
         first, last = lo // width, hi // width
-        inside = (index >= first) & (index < last)
-        place = torch.where(inside, index - first, 0)[:, None, :, None].expand(g.shape)
+        sample, place = ((index >= first) & (index < last)).nonzero(as_tuple=True)
         part = g.new_zeros(n, rows, last - first, width)
-        return part.scatter_add_(2, place, g * inside[:, None, :, None]).flatten(2)
+        at = sample, index[sample, place] - first
+        part.transpose(1, 2).index_put_(at, g.transpose(1, 2)[sample, place], accumulate=True)
+        return part.flatten(2)
 
     return Use(gradients, g.shape[1], table=table, entries=some_entries, width=g.shape[-1])
 
@@ -288,7 +305,7 @@ def uses_ahead_of_norm(
         normalised: y, of the whole batch.
         taken: indices of the samples that have rows; None is all.
     """
-    own = x if taken is None else x[taken]
+    inputs = x if taken is None else x[taken]
     if is_linear(layer) and x.ndim == 2:
         split, y = g[:, :, None, :, None], normalised[:, None, :, None]
         mean, slope = x.mean(0)[None], (normalised.T @ x)[None] / len(x)
@@ -309,9 +326,9 @@ def uses_ahead_of_norm(
 
     def gradients(lo: int, hi: int) -> Tensor:
         if is_linear(layer):
-            rows = torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], own[lo:hi, None, :, None])
+            rows = torch.einsum("nrgol,ngkl->nrgok", split[lo:hi], inputs[lo:hi, None, :, None])
         else:
-            rows = _each_weight_gradient(layer, own[lo:hi], g[lo:hi])  # type: ignore[arg-type]
+            rows = _each_weight_gradient(layer, inputs[lo:hi], g[lo:hi])  # type: ignore[arg-type]
         rows.addcmul_(shift[lo:hi, ..., None], mean[:, None], value=-1)
         rows.addcmul_(scale[lo:hi, ..., None], slope, value=-1)
         return (rows.flatten(2, 3).transpose(2, 3) if transposed(layer) else rows).flatten(2)

@@ -141,10 +141,10 @@ def formula_tangent(snapshot: Snapshot, *, initialised: bool = False) -> Formula
         if initialised and group is not None:
             group = group | {"lr": float(group["lr"]) or float(group.get("initial_lr", 0.0))}
         options.setdefault(key, None if still or group is None else rule.options(group, state))
-        own = ranges.setdefault(key, [])
-        if own and own[-1][1] == start:
-            start = own.pop()[0]
-        own.append((start, end))
+        ranges_of_part = ranges.setdefault(key, [])
+        if ranges_of_part and ranges_of_part[-1][1] == start:
+            start = ranges_of_part.pop()[0]
+        ranges_of_part.append((start, end))
     parts = []
     for key, group in options.items():
         _, t, present, _, name = key

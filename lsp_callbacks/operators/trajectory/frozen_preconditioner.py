@@ -151,15 +151,15 @@ def rule_of_shards(snapshot: Snapshot, rule: FrozenRule) -> FrozenRule:
     """
     factor = clip_factor(snapshot)
 
-    def own(values: Scale, factor: float = 1.0) -> Scale:
+    def of_this_process(values: Scale, factor: float = 1.0) -> Scale:
         parts = {name: local(x) if isinstance(x, Tensor) else x for name, x in values.items()}
         return parts if factor == 1 else {name: factor * x for name, x in parts.items()}
 
     return replace(
         rule,
-        scale=own(rule.scale, factor),
-        weight_decay=own(rule.weight_decay),
-        buffer_scale=own(rule.buffer_scale),
+        scale=of_this_process(rule.scale, factor),
+        weight_decay=of_this_process(rule.weight_decay),
+        buffer_scale=of_this_process(rule.buffer_scale),
     )
 
 
@@ -215,14 +215,14 @@ def _steps_of(
 ) -> dict[str, ParameterStep]:
     """Return what each parameter's step is, by name; computed once for all that share options, age and state."""
     each: dict[str, ParameterStep] = {}
-    known: dict[Any, ParameterStep] = {}
+    steps_by_key: dict[Any, ParameterStep] = {}
     for name, group in groups.items():
         if group is not None:
             state = states[name]
             key = (id(group), counts[name], *[float(state[number]) for number in rule.numbers if number in state])
-            if key not in known:
-                known[key] = rule.step_of(group, state, counts[name] + steps)
-            each[name] = known[key]
+            if key not in steps_by_key:
+                steps_by_key[key] = rule.step_of(group, state, counts[name] + steps)
+            each[name] = steps_by_key[key]
     return each
 
 

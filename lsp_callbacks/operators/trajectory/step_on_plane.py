@@ -152,7 +152,7 @@ class _Reader:
 
     def __init__(self, step: FormulaTangent):
         self.step = step
-        self.known: dict[tuple[int, int, int], float] = {}
+        self.products: dict[tuple[int, int, int], float] = {}
 
     def entries(self, rows: Sequence[Mapping[str, _Scaled]], columns: Sequence[Mapping[str, _Scaled]]) -> Tensor:
         """Return ``<row, A column>`` of each pair, ``(rows, columns)``."""
@@ -175,7 +175,7 @@ class _Reader:
                         total += factor * inner(weighted, part.of(sources[name]))
                         continue
                     key = (k, reader.key, column[name].key)
-                    if key not in self.known:
-                        self.known[key] = inner(part.of(readers[block]), part.of(sources[name]))
-                    total += factor * derivative * self.known[key]
+                    if key not in self.products:
+                        self.products[key] = inner(part.of(readers[block]), part.of(sources[name]))
+                    total += factor * derivative * self.products[key]
         return total

@@ -298,7 +298,7 @@ class Sharpness(Quantity):
             "sharpness_limit": limit if math.isfinite(limit) else math.nan,  # at rate 0 there is no limit
             "courant_gd": courant,
             "sharpness_residual": residual,
-            "courant_gd_residual": math.nan if courant_residual == residual else courant_residual,
+            "courant_gd_residual": courant_residual,
         })  # fmt: skip
 
     def _without_update(self, snapshot: Snapshot) -> None:

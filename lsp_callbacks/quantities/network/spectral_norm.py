@@ -159,11 +159,11 @@ class SpectralNorm(Quantity):
                 continue
             seen.add(id(tensor))
             with gathered(layer):
-                for part, found in self._norms(name, layer, called).items():
+                for part, norm_of_part in self._norms(name, layer, called).items():
                     key = f"{name}.{part}" if part else name
-                    norms[key] = scalar(found.value)
-                    starts.setdefault(name, {})[part] = found.vectors
-                    residual = torch.maximum(residual, scalar(found.residual) / norms[key].clamp_min(1e-300))
+                    norms[key] = scalar(norm_of_part.value)
+                    starts.setdefault(name, {})[part] = norm_of_part.vectors
+                    residual = torch.maximum(residual, scalar(norm_of_part.residual) / norms[key].clamp_min(1e-300))
                 if is_embedding(layer):
                     rows[name] = scalar(row_norm(layer))
         return norms, residual, rows

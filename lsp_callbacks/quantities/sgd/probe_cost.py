@@ -100,12 +100,12 @@ def _alone_cost(snapshot: Snapshot, rows: int, batch: float, path: Mapping[str, 
     spent = 0.0
     for name in snapshot.calls:
         layer = modules[name]
-        own = {f"{name}.{key}".lstrip("."): p.numel() for key, p in layer.named_parameters(recurse=False)}
+        sizes_by_name = {f"{name}.{key}".lstrip("."): p.numel() for key, p in layer.named_parameters(recurse=False)}
         if path is not None:
-            sizes = [size for key, size in own.items() if path.get(key) == "layer"]
+            sizes = [size for key, size in sizes_by_name.items() if path.get(key) == "layer"]
         else:
             has_none = not has_rule(layer) and not isinstance(layer, nn.MultiheadAttention)
-            sizes = [size for key, size in own.items() if key in snapshot.parameters and has_none]
+            sizes = [size for key, size in sizes_by_name.items() if key in snapshot.parameters and has_none]
         runs = 1 if rows * sum(sizes) <= HELD_ALONE else len(sizes)
         spent += runs * ALONE * rows / batch * sum(sizes) / total
     return spent

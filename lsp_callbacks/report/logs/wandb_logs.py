@@ -132,8 +132,8 @@ def _items(message: bytes, number: int) -> dict[str, Any]:
 
 def _add_row(message: bytes, points: dict[str, list[tuple[int, float]]]) -> None:
     row = _items(message, ITEM)
-    own = [inner for number, value in fields(message) if number == STEP for part, inner in fields(value) if part == 1]
-    step = row.get(GLOBAL_STEP, own[0] if own else row.get("_step"))
+    steps = [inner for number, value in fields(message) if number == STEP for part, inner in fields(value) if part == 1]
+    step = row.get(GLOBAL_STEP, steps[0] if steps else row.get("_step"))
     if not isinstance(step, int | float):
         return
     for key, value in row.items():

@@ -84,10 +84,10 @@ def map_of(curves: Mapping[str, Curve], *, neutral: float, columns: int, rows: i
     return Map(layers, spans, values, len(steps), len(curves) - len(layers))
 
 
-def _further(one: float | None, other: float, neutral: float) -> float:
-    if one is None or math.isnan(one):
+def _further(value: float | None, other: float, neutral: float) -> float:
+    if value is None or math.isnan(value):
         return other
-    return one if math.isnan(other) or abs(one - neutral) >= abs(other - neutral) else other
+    return value if math.isnan(other) or abs(value - neutral) >= abs(other - neutral) else other
 
 
 def _furthest(values: Sequence[float], neutral: float) -> float:
