@@ -22,7 +22,7 @@ from torch._library.simple_registry import find_torch_dispatch_rule
 
 from lsp_callbacks import StabilityMonitor
 from lsp_callbacks.monitor.budget import LIMIT
-from lsp_callbacks.operators.cost import MULTIPLICATION, WorkCounter
+from lsp_callbacks.operators.cost import MULTIPLICATION, Work, WorkCounter, assume, work
 from lsp_callbacks.quantities import PRESETS, Quantity
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -85,6 +85,7 @@ class Counts:
     said: list[float] = field(default_factory=list)
     counted: list[float] = field(default_factory=list)
     unit: float = 0.0
+    work: Work | None = None
     spent: float = 0.0
     reading: float = 0.0
 
@@ -94,19 +95,23 @@ class Counts:
         reader = quantity.reader
 
         def counted_reader(*args: Any) -> Any:
-            read = reader(*args)
+            read, self.reading = reader(*args), 0.0  # of a step that came too early nothing is used
             if read is not None:
                 saw_loss, read.saw_loss = read.saw_loss, lambda *a, **k: self.read(lambda: saw_loss(*a, **k))
+                form, read.before_replays = read.before_replays, lambda *a: self.read(lambda: form(*a))
             return read
 
         vars(quantity)["reader"] = counted_reader
 
         def counted_update(snapshot: Snapshot) -> None:
-            if not self.unit:
-                self.unit = gradient(snapshot)
+            if self.work is None:
+                self.unit, self.work = gradient(snapshot), work(snapshot)
             if not self.spent:
+                assume(snapshot, self.work)  # as a monitor does: a step that was read from its graph has no replay
+                computed = dict(snapshot.shared)
                 self.said.append(sum(quantity.cost(snapshot).values()))
-                snapshot.shared.clear()
+                snapshot.shared.clear()  # of what the price has computed
+                snapshot.shared.update(computed)
             self.add(quantity, lambda: update(snapshot))
 
         vars(quantity)["update"] = counted_update
@@ -114,10 +119,10 @@ class Counts:
             vars(quantity)["after_update"] = lambda: self.add(quantity, after)
 
     def read(self, compute: Any) -> None:
-        """Count what is read from the graph of a step, before its measurement."""
+        """Count what is read from the graph of a step, and what is made of it, before its measurement."""
         with Counter() as counter:
             compute()
-        self.reading = counter.nanoseconds
+        self.reading += counter.nanoseconds
 
     def add(self, quantity: Quantity, compute: Any) -> None:
         with Counter() as counter:

@@ -1,5 +1,6 @@
 """What every quantity promises as a plain torchmetrics Metric, without Lightning."""
 
+import contextlib
 import copy
 import pickle
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from lsp_callbacks import Lyapunov, Sharpness, Snapshot, SpectralNorm, Trace, Unmeasurable
-from lsp_callbacks.quantities import REGISTRY, Quantity
+from lsp_callbacks.quantities import REGISTRY
 
 SGD = torch.optim.SGD
 SETTINGS = {
@@ -201,12 +202,32 @@ def test_every_quantity_can_be_drawn(name):
     metric = fed(name)
     figure, axes = metric.plot()
     assert axes in figure.axes and axes.has_data()
-    if not metric.picture and type(metric).plot is Quantity.plot:
-        _, axes = metric.plot([metric.compute(), metric.compute()])
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-            key.split("/")[1] for key in metric.compute() if key.count("/") == 1
-        ]
-        assert all(len(line.get_xdata()) == 2 for line in axes.get_lines())
+    shown = metric.compute()
+    for values, points in ((shown, 1), ([shown, shown], 2)):  # those that have a picture of their own, too
+        _, axes = metric.plot(values)
+        names = [key.split("/")[1] for key in shown if key.count("/") == 1]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+        assert all(len(line.get_xdata()) == points for line in axes.get_lines())
+
+
+@every_quantity
+def test_a_snapshot_needs_no_more_than_module_loss_and_optimizer(name):
+    """As users make it in loops of their own; what is missing is asked for by its name."""
+    metric, task = metric_of(name), problem()
+    optimizer = SGD(task.net.parameters(), lr=0.3, momentum=0.5)
+    missing = {"sgd_stability": "probes=", "sgd_law": "probes=", "dissipation": "series="}.get(name)
+
+    def loss():
+        return nn.functional.mse_loss(task.net(task.x), task.y)
+
+    for step in range(metric.least_steps + 1):
+        snapshot = Snapshot(step=step, module=task.net, replay=loss, optimizer=optimizer)
+        with pytest.raises(Unmeasurable, match=missing) if missing else contextlib.nullcontext():
+            metric(snapshot)
+        take(optimizer, loss())
+        metric.after_update()  # what this completes is not hidden by what `forward` has computed before
+    values = metric.compute()
+    assert missing or (all(value.isfinite() for value in values.values()) and metric.numbers() == values)
 
 
 @every_quantity

@@ -35,6 +35,14 @@ def test_a_quantity_in_other_units(name):
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
+def test_errors_that_round_to_nothing_are_there_in_all_units(kind):
+    """12 parameters or fewer are exact: whether two errors are both 0 must not say which numbers are shown."""
+    how = {"scales": (1e-6, 1e3), "models": ("linear",), "optimizers": (kind,), "laws": ("loss", "inside")}
+    for row in compared("sharpness", dtype=f64, **how).values():
+        assert row.numbers and not row.missing, row.reasons
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw"])
 @pytest.mark.parametrize("name", ["lyapunov", "lyapunov_trajectory"])
 def test_the_first_steps_of_a_run_in_other_units(name, kind):
     """The optimizer has no buffer yet: what is pushed must not be weighed by a number without its unit."""

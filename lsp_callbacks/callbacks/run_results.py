@@ -70,14 +70,9 @@ class RunResults:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Why quantities are not measured in this run, by their names: all that a preset or a limit left out."""
+        """Why quantities are not measured in this run, or not yet, by their names."""
         self._bring_home()
         return self.monitor.skipped
-
-    @property
-    def waiting(self) -> dict[str, str]:
-        """Why quantities have not been measured yet, by their names: the budget has not paid for it so far."""
-        return self.monitor.cadence.waiting()
 
     @property
     def paths(self) -> dict[str, str]:

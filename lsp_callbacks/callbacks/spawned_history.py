@@ -69,7 +69,7 @@ def packed(monitor: Monitor, step: int, verdict: Verdict) -> dict[str, Any]:
 def unpack(monitor: Monitor, contents: dict[str, Any]) -> tuple[int, Verdict]:
     """Give what a run has left to the monitor, and return its number of steps and its verdict."""
     monitor.history.replace({key: Curve(*curve) for key, curve in contents["history"].items()})
-    for kept, of_run in ((monitor.skipped, contents["skipped"]), (monitor.paths, contents["paths"])):
+    for kept, of_run in ((monitor.quantities.skipped, contents["skipped"]), (monitor.paths, contents["paths"])):
         kept.clear()
         kept.update(of_run)
     monitor.courant.load_state_dict(contents["courant"])

@@ -93,8 +93,8 @@ class StabilityReport(Callback):
             *self._log(trainer, "run", figure),
         )
         drawn = [q for q in self._source.monitor.quantities.values() if q.picture and q.update_count]
-        reasons = self._source.skipped | self._source.waiting
-        skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in reasons.items()]
+        reasons = self._source.skipped.items()
+        skipped = [f"lsp_callbacks: {name} was not measured: {why}" for name, why in reasons]
         pictures = [text for q in drawn for text in self._drawn(q, trainer, path)]
         report.print_report(*[report.table(history)] * self.table, *sentences, *skipped, *pictures)
 

@@ -242,7 +242,7 @@ class _Meter(Callback):
             self.planned, prices, monitor.quantities.named, first=self.first, step_cost=monitor.budget.step
         )
         costs.seconds = {name: monitor.budget.seconds.expected(name) for name in monitor.budget.seconds.taken}
-        costs.skipped = monitor.skipped
+        costs.skipped = monitor.quantities.skipped
         step = replace(snapshot, run=replace(snapshot.run, series=monitor.trace))
         costs.waiting = [name for name, quantity in monitor.quantities.items() if quantity.warm_up(step)]
 

@@ -14,7 +14,7 @@ import torch
 
 from lsp_callbacks._validation import number
 from lsp_callbacks.errors import Unmeasurable, Unsupported
-from lsp_callbacks.operators.cost import Work, assume, hooks_cost, step_cost, work
+from lsp_callbacks.operators.cost import Work, assume, gradient_time, hooks_cost, step_cost, work
 from lsp_callbacks.operators.footprint import FOOTPRINT, Footprint, footprint, readable
 from lsp_callbacks.quantities import Quantity
 from lsp_callbacks.step.room import Room
@@ -23,9 +23,9 @@ from lsp_callbacks.step.snapshot import Snapshot
 Quantities = Mapping[str, Quantity]
 #: Steps of training that one measurement may take, unless the user says how often to make it.
 LIMIT = 20.0
-#: Gradients that the first measured step takes beside: one forward pass is counted, memory is predicted, and all that
-#: is called is called for the first time.
-COUNTING = 6.0
+#: Gradients that the first measured step takes beside, at most: one forward pass is counted, memory is predicted, and
+#: all that is called is called for the first time, in so many nanoseconds beside a gradient for the passes.
+COUNTING, FIRST_CALLS = 6.0, 2e7
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 #: On the CPU, where nothing is said, the peak may be so many times that of training, or so many bytes beside training.
 MULTIPLE, FLOOR = 1.5, 256e6
@@ -361,7 +361,8 @@ class Budget:
             assume(snapshot, self.work)
         else:
             with contextlib.suppress(Exception):  # whatever a replay raises
-                counting, self.work, self.step = COUNTING, work(snapshot), step_cost(snapshot)
+                self.work, self.step = work(snapshot), step_cost(snapshot)
+                counting = min(COUNTING, 1 + FIRST_CALLS / gradient_time(snapshot))
                 self._training = self._training or footprint(snapshot)  # the price depends on the room
         counting, self.step = snapshot.run.ranks.of_first((counting, self.step), "the work of a step")
         parts: dict[str, dict[str, float]] = {}

@@ -34,7 +34,7 @@ def invalidated(monitor: Monitor, observation: Observation | None, reason: str) 
     names = [name for name, quantity in wrong.items() if not quantity.without_update]
     if monitor.invalidated is None:
         lost = [key.removeprefix(PREFIX) for key in lost_keys(wrong.values())]
-        names += [name for name in lost if name not in monitor.skipped]
+        names += [name for name in lost if name not in monitor.quantities.skipped]
     monitor.skip({reason: names} if names else {}, stacklevel=4)
     monitor.invalidated = monitor.invalidated or reason
     monitor.cadence.forget_prices()

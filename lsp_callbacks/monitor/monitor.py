@@ -50,7 +50,6 @@ class Monitor:
     Attributes:
         quantities: what is measured, by name, see `SelectedQuantities`.
         history: the curves by key.
-        skipped: why a quantity is skipped, by its name.
         paths: how each quantity was last measured: "exact", "exact, math attention", "finite difference", ...
         trace: loss, learning rate and energies of the last steps; None if no quantity asks for them.
         courant: which number ``stability/courant`` is, see `CourantSource`.
@@ -94,7 +93,7 @@ class Monitor:
         self.recorder = Recorder(self.quantities, self.errors)
         self.measurement = Measurement(self.quantities, self.cadence, self.budget)
         self.history, self.trace = History(), self.recorder.trace
-        self.skipped, self.paths = self.quantities.skipped, self.measurement.paths
+        self.paths = self.measurement.paths
         self.reset()
 
     def reset(self) -> None:
@@ -117,6 +116,11 @@ class Monitor:
         """The global keys that can appear."""
         keys = self.quantities.possible_keys(without_update=bool(self.invalidated))
         return keys | self.courant.keys(keys, without_update=bool(self.invalidated))
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why quantities are not measured, or not yet, by their names; of keys that are lost, by the keys' names."""
+        return {**self.quantities.skipped, **self.cadence.waiting()}
 
     def require(self, snapshot: Snapshot, *, steps: float = math.inf) -> None:
         """Skip what cannot be measured on such steps; nothing is replayed.

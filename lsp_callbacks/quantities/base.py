@@ -80,8 +80,8 @@ class Quantity(Metric):
         energies: what the trace records beside loss and rate, by name.
         final_state: name of the module whose output the energies receive as ``state``; None where none needs it.
         picture: suffix of the figure's file name and logger tag, or "" for none; neither a key nor the beginning of
-            one. ``plot`` then works without arguments, also after `load_vectors` has forgotten the vectors; it returns
-            the figure first, and raises ValueError where there is nothing to show.
+            one. ``plot`` without arguments draws it, also after `load_vectors` has forgotten the vectors; it
+            returns the figure first, and raises ValueError where there is nothing to show.
         warms_up: whether `warm_up` can ask for more steps; derived.
         reads_graph: whether it has a `reader`: then it comes first at a step, and lets go of what that has kept;
             derived.
@@ -146,8 +146,8 @@ class Quantity(Metric):
             unknown = ", ".join(sorted(given.keys() - {*keys}))
             raise KeyError(f"{type(self).__name__}.KEYS does not state {unknown}")
         numbers = torch.tensor([given.get(key, math.nan) for key in keys], dtype=torch.float64)
-        # As setattr does, after a dozen questions for each.
-        vars(self).update(zip(keys, numbers.unbind()), complete=True)
+        # As setattr does, after a dozen questions for each; torchmetrics forgets its cache in `update` alone.
+        vars(self).update(zip(keys, numbers.unbind()), complete=True, _computed=None)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the last measurement, NaN before one; optional numbers that are not defined are left out."""
@@ -345,6 +345,11 @@ def _takes_a_snapshot(update: Callable[..., None]) -> Callable[..., None]:
         update(self, snapshot)
 
     return checked
+
+
+def are_measurements(val: Any) -> bool:
+    """Return whether a value is a result of `Quantity.compute`, or several, rather than what a picture is drawn of."""
+    return isinstance(val, Mapping) or (isinstance(val, list | tuple) and all(isinstance(v, Mapping) for v in val))
 
 
 def _number(key: str, may_lack: bool, values: Mapping[str, Tensor]) -> Tensor:

@@ -138,6 +138,23 @@ def verified_calls(snapshot: Snapshot) -> dict[str, Call]:
     return snapshot.verified.calls
 
 
+def calls_with_inputs(snapshot: Snapshot, captures_inputs: Callable[[str, nn.Module], bool]) -> dict[str, Call]:
+    """Return the calls of a step with the inputs of some modules, by one more replay where these were not kept.
+
+    Args:
+        snapshot: the step.
+        captures_inputs: of which modules, see `recording_calls`.
+
+    Raises:
+        Unmeasurable: if the replayed loss is not the step's.
+    """
+    modules = dict(snapshot.module.named_modules())
+    wanted = [call for name, call in snapshot.calls.items() if captures_inputs(name, modules[name])]
+    if all(call.args or call.kwargs for call in wanted):
+        return snapshot.calls
+    return verified_calls(replace(snapshot, run=replace(snapshot.run, captures_inputs=captures_inputs)))
+
+
 @contextlib.contextmanager
 def recording_calls(module: nn.Module, captures_inputs: Callable[[str, nn.Module], bool]) -> Iterator[dict[str, Call]]:
     """Record the first call of every module that is made inside.

@@ -174,7 +174,7 @@ def test_the_bar_counts_the_noise_in_the_start_and_the_accuracy_of_the_products(
     problem = Quadratic(sharp(60, 2.0, seed=1))
     snapshot, warm = freeze(problem, torch.optim.SGD(problem.parameters(), lr=0.1)), random(60, seed=9)
     found = stability_threshold(snapshot, start=warm, steps=4, method="exact")
-    assert found.courant_error == found.error
+    assert found.courant_error.isnan()  # one run: `error` is that of both
     rest = warm / warm.norm() + snapshot.flat_gradient / snapshot.flat_gradient.norm()
     close(seen["share"], (seen["start"] - rest).norm() / seen["start"].norm(), 1e-12)
     exact, rough = (top_eigenvalue(snapshot, steps=60, method=m) for m in ("exact", "finite_difference"))

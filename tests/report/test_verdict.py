@@ -92,6 +92,14 @@ def test_the_state_by_gravity(curves, values, settings, state, cause, advice):
     assert ("contradict" in said) == (curves is APART)
 
 
+@pytest.mark.parametrize(
+    "scheduled, said", [(0.0, "says nothing of larger rates"), (1.3, "the learning rate has grown")]
+)
+def test_a_rate_that_stays_at_0_has_not_grown(scheduled, said):
+    curves = history([0.0] * 4) if scheduled == 0 else history([0.1] * 4)
+    assert said in sentence(judge(Run(curves, step=399, losses=losses(FALLS), scheduled=scheduled)))
+
+
 def test_nothing_is_calm_that_could_be_worse():
     """Each fact that is added to a calm run makes it graver, never calmer."""
     calm = Run(STABLE, step=399, losses=losses(FALLS))

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from problems import Quadratic, Regression, close, f64, freeze, random, same, symmetric, take, tanh_mlp
+from problems import Quadratic, Regression, close, f64, freeze, random, same, seeded, symmetric, take, tanh_mlp
 from torch import Tensor, nn, optim
 
 from lsp_callbacks import Snapshot, Unmeasurable
@@ -438,3 +438,19 @@ def test_later_steps_of_adams_variants_are_differentiated_like_the_real_ones(nam
     snapshot = freeze(problem, optimizer)
     A = step_jacobian(snapshot, method="exact")
     check_step(problem, optimizer, snapshot, [slice(None)], lambda z: push(A, z), 1e-7)
+
+
+def test_the_transpose_is_accurate_where_units_are_dead():
+    """Adam's rate there is lr / eps: beside it a vector's other numbers would be lost in a difference of gradients."""
+    net = seeded(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)))
+    with torch.no_grad():
+        net[2].bias[:2] = -3.0
+    task = Regression(net, random(8, 3, seed=1), random(8, 1, seed=2)).float()
+    adam = Adam(task.parameters(), lr=0.01)
+    for _ in range(2):
+        take(adam, task())
+    snapshot = freeze(task, adam)
+    exact, differences = (step_jacobian(snapshot, method=m).T for m in ("exact", "finite_difference"))
+    w, live = random(exact.shape[1], seed=3).float(), snapshot.flat_gradient != 0
+    assert 0 < live.sum() < len(live)
+    close((differences @ w)[: len(live)][live], (exact @ w)[: len(live)][live], 1e-3)

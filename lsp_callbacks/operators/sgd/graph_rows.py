@@ -250,12 +250,13 @@ class GraphRows(GraphReader):
     def _form(self, scale: Mapping[str, Tensor | float]) -> None:
         shares: dict[str, Tensor] = {}
         squares: Squares = {}
+        fraction = random_fraction(self._generator.initial_seed()) if self._was_known else None
         sketch: RowSketch | None = None
         begin = 0
         for name in [*self._parts[0]]:
             p, gram = self.parameters[name], ParameterGram.taken_from(self._parts, name)
             if self.recent is None and not self.is_sketched:
-                shares[name] = gram.gram(scale[name], HELD, p.numel(), squares)
+                shares[name] = gram.gram(scale[name], HELD, p.numel(), squares, fraction=fraction)
             else:
                 diagonal = torch.as_tensor(scale[name]).to(p.device, p.dtype)
                 sketch = sketch or RowSketch(gram.rows, wide(diagonal))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import padding_amounts
+from lsp_callbacks.operators.sgd.some_units import Units
 
 #: Of the samples of a batch every so many, at most, show how outputs and inputs of a convolution go together, and so
 #: many positions at least.
@@ -70,6 +71,7 @@ class Use:
         entries: see `Entries`; None where they are only formed all at once.
         width: lo and hi of ``entries`` are multiples of that.
         values: the gradients, ``(N, R, P)``, where they are held as they are.
+        units: see `Units`; None where no unit can be formed alone.
     """
 
     gradients: Gradients
@@ -80,6 +82,7 @@ class Use:
     entries: Entries | None = None
     width: int = 1
     values: Tensor | None = None
+    units: Units | None = None
 
 
 @singledispatch
@@ -136,7 +139,20 @@ def _outer(a: Tensor, g: Tensor, *, transposed: bool = False) -> Use:
     return Use(
         lambda lo, hi: torch.einsum(order, g[lo:hi], a[lo:hi]).flatten(2), rows, outer,
         entries=_entries(order, a, g, transposed=transposed), width=(g if transposed else a).shape[-1],
+        units=_units(order, a, g, transposed=transposed),
     )  # fmt: skip
+
+
+def _units(order: str, a: Tensor, g: Tensor, *, transposed: bool) -> Units:
+    def sizes() -> tuple[Tensor, Tensor]:
+        of_g, of_a = (t.flatten(0, -2).square().sum(0) for t in (g, a))
+        return (of_a, of_g) if transposed else (of_g, of_a)
+
+    def entries(index: Tensor) -> Tensor:
+        at = (g, a[..., index]) if transposed else (g[..., index], a)
+        return torch.einsum(order, *at).flatten(2)
+
+    return Units(sizes, entries)
 
 
 def _entries(order: str, a: Tensor, g: Tensor, *, transposed: bool) -> Entries:
@@ -239,10 +255,11 @@ def table_use(table: Table, entries: int) -> Use:
     def some_entries(lo: int, hi: int) -> Tensor:
         n, rows, _, width = g.shape
         first, last = lo // width, hi // width
-        inside = (index >= first) & (index < last)
-        place = torch.where(inside, index - first, 0)[:, None, :, None].expand(g.shape)
+        sample, place = ((index >= first) & (index < last)).nonzero(as_tuple=True)
         part = g.new_zeros(n, rows, last - first, width)
-        return part.scatter_add_(2, place, g * inside[:, None, :, None]).flatten(2)
+        at = sample, index[sample, place] - first
+        part.transpose(1, 2).index_put_(at, g.transpose(1, 2)[sample, place], accumulate=True)
+        return part.flatten(2)
 
     return Use(gradients, g.shape[1], table=table, entries=some_entries, width=g.shape[-1])
 
@@ -272,7 +289,12 @@ def _(layer: nn.BatchNorm2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
 
 
 def uses_ahead_of_norm(
-    layer: nn.Module, x: Tensor, g: Tensor, normalised: Tensor, taken: Tensor | None = None
+    layer: nn.Module,
+    x: Tensor,
+    g: Tensor,
+    normalised: Callable[[int], Tensor],
+    taken: Tensor | None = None,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Use] | None:
     """Return the uses of the weight of a layer whose outputs are normalised over the batch: through its statistics.
 
@@ -285,27 +307,29 @@ def uses_ahead_of_norm(
         layer: a linear layer or a convolution; None is returned for others.
         x: its input, of the whole batch.
         g: the gradients at its output with the statistics held fixed, of the samples that have rows, ``(N, R, ...)``.
-        normalised: y, of the whole batch.
+        normalised: from a number s to y of every s-th sample of the batch.
         taken: indices of the samples that have rows; None is all.
+        sums: over positions of g and of ``g y``, ``(N, R, C)``, where they are known.
     """
     inputs = x if taken is None else x[taken]
     if is_linear(layer) and x.ndim == 2:
-        split, y = g[:, :, None, :, None], normalised[:, None, :, None]
-        mean, slope = x.mean(0)[None], (normalised.T @ x)[None] / len(x)
+        groups, split = 1, g[:, :, None, :, None]
+        mean, slope = x.mean(0)[None], (normalised(1).T @ x)[None] / len(x)
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and x.ndim == len(layer.kernel_size) + 2:
-        groups, count = layer.groups, normalised[:, 0].numel()
-        split = g.reshape(*g.shape[:2], groups, -1, g.shape[3:].numel())
-        y = normalised.reshape(len(x), groups, -1, split.shape[-1])
-        ones = normalised.new_ones(1, groups, *normalised.shape[2:])
+        groups, count = layer.groups, len(x) * g.shape[3:].numel()
+        split = g.flatten(3).unflatten(2, (groups, -1))
+        ones = g.new_ones(1, groups, *g.shape[3:])
         mean = _weight_gradient(layer, x.sum(0, keepdim=True), ones).view(groups, -1) / count  # of the sum, once
         step = min(SPARSE, max(1, count // POSITIONS))
-        some = normalised[::step]
+        some = normalised(step)
         slope = _weight_gradient(layer, x[::step], some).view(groups, layer.out_channels // groups, -1)
         slope = slope / some[:, 0].numel()
     else:
         return None
-    y = y if taken is None else y[taken]
-    shift, scale = split.sum(-1), (split * y[:, None]).sum(-1)  # (N, R, G, o)
+    if sums is None:
+        y = normalised(1) if taken is None else normalised(1)[taken]
+        sums = split.sum(-1), (split * y.reshape(len(y), 1, *split.shape[2:])).sum(-1)
+    shift, scale = (t.unflatten(2, (groups, -1)) if t.ndim == 3 else t for t in sums)  # (N, R, G, o)
 
     def gradients(lo: int, hi: int) -> Tensor:
         if is_linear(layer):

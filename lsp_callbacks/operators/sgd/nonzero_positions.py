@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.operators.sgd.layer_rules import Use, dense
+from lsp_callbacks.operators.sgd.some_units import Units
 
 #: Share of the positions up to which they are held alone: below it a copy of them is worth its time.
 SOME = 0.75
@@ -32,7 +33,7 @@ class NonzeroPositions:
     place: Tensor
     shape: tuple[int, int]
 
-    def whole(self, columns: slice = slice(None)) -> Tensor:
+    def whole(self, columns: slice | Tensor = slice(None)) -> Tensor:
         """Return some columns with all positions, ``(n, T, b)``."""
         some = self.values[:, columns]
         held = some.new_zeros(self.shape[0] * self.shape[1], some.shape[1])
@@ -65,7 +66,7 @@ def uses_at_positions(
     """
     order = "nrto,nti->nrio" if transposed else "nrto,nti->nroi"
 
-    def stacked(columns: slice = slice(None)) -> Tensor:
+    def stacked(columns: slice | Tensor = slice(None)) -> Tensor:
         wholes = [g[..., columns] if isinstance(g, Tensor) else g.whole(columns) for g in passes]
         return wholes[0][:, None] if len(wholes) == 1 else torch.stack(wholes, dim=1)
 
@@ -78,11 +79,20 @@ def uses_at_positions(
             return torch.einsum(order, of_all(), a[..., lo // width : hi // width]).flatten(2)
         return torch.einsum(order, stacked(slice(lo // width, hi // width)), a).flatten(2)
 
+    def sizes() -> tuple[Tensor, Tensor]:
+        held = [(g if isinstance(g, Tensor) else g.values).flatten(0, -2).square().sum(0) for g in passes]
+        of_g, of_a = torch.stack(held).sum(0), a.flatten(0, 1).square().sum(0)
+        return (of_a, of_g) if transposed else (of_g, of_a)
+
+    def at_units(index: Tensor) -> Tensor:
+        at = (of_all(), a[..., index]) if transposed else (stacked(index), a)
+        return torch.einsum(order, *at).flatten(2)
+
     first = passes[0]
     width = (first.shape if isinstance(first, Tensor) else first.values.shape)[-1] if transposed else a.shape[-1]
     weight = Use(
         lambda lo, hi: torch.einsum(order, stacked()[lo:hi], a[lo:hi]).flatten(2),
-        len(passes), entries=entries, width=width,
+        len(passes), entries=entries, width=width, units=Units(sizes, at_units),
     )  # fmt: skip
     bias = torch.stack([g.sum(1) if isinstance(g, Tensor) else g.sum() for g in passes], dim=1)
     return {"weight": weight, "bias": dense(bias)}

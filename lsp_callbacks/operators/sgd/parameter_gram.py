@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use, at_positions, dense
+from lsp_callbacks.operators.sgd.some_units import FEW_ENTRIES, TakenUnits, take_units
 from lsp_callbacks.operators.sgd.weighted_gram import weighted_gram
 
 #: Rows of outer products and their products, by their place in memory: weight and bias of a layer have the same.
@@ -130,7 +131,10 @@ class ParameterGram:
         """Return how the gradients are computed: "structured", "layer" or "rows"."""
         return max((use.path for part in self.parts for use in part.uses), key=len, default="structured")
 
-    def gram(self, scale: Tensor | float, memory: int, entries: int, squares: Squares | None = None) -> Tensor:
+    def gram(
+        self, scale: Tensor | float, memory: int, entries: int, squares: Squares | None = None,
+        *, fraction: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return ``(N R, N R)``, sample by sample: the products of gradients behind the diagonal of D.
 
         Args:
@@ -138,13 +142,16 @@ class ParameterGram:
             memory: bound on the numbers held at once.
             entries: of the parameter.
             squares: of other parameters; filled.
+            fraction: by which some units of large layers are taken, see `take_units`; None takes all.
         """
         if isinstance(scale, Tensor) and scale.ndim:
-            return self._behind(wide(scale), memory, entries, None)
-        share = self._behind(None, memory, entries, squares)
+            return self._behind(wide(scale), memory, entries, None, fraction)
+        share = self._behind(None, memory, entries, squares, fraction)
         return share if scale == 1 else share * scale
 
-    def _behind(self, scale: Tensor | None, memory: int, entries: int, squares: Squares | None) -> Tensor:
+    def _behind(
+        self, scale: Tensor | None, memory: int, entries: int, squares: Squares | None, fraction: float | None
+    ) -> Tensor:
         alone = [part.uses[0] for part in self.parts if len(part.uses) == 1]
         if len(alone) == len(self.parts):
             outer = [use.outer for use in alone if use.outer is not None]
@@ -155,14 +162,31 @@ class ParameterGram:
                 return _held_gram(values[0] if len(values) == 1 else torch.cat(values), scale, squares)
         if len(self.parts) == 1 and (split := _tied(self.parts[0].uses)) is not None:
             return _table_gram(*split, scale, memory)
+        units = [use.units for use in alone if use.units is not None]
+        if fraction is not None and entries > FEW_ENTRIES and len(units) == len(self.parts):
+            taken = take_units(units, scale, fraction)
+            if taken is not None:
+                return self._of_units(taken)
         return self._dense(scale, memory, entries)
 
-    def blocks(self, scale: Tensor | None, entries: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield some entries of all gradients after the other, ``(N R, b)`` times the root of D, and where they begin.
+    def _of_units(self, taken: TakenUnits) -> Tensor:
+        """Return the share from the gradients of some units."""
+        roots = taken.weights.sqrt()
+        step = max(1, BLOCK // (self.rows * roots.shape[1]))
+        share: Tensor | None = None
+        for index, root in zip(taken.index.split(step), roots.split(step)):
+            some = [units.entries(index).flatten(0, 1) for units in taken.units]
+            block = wide(torch.cat(some) if len(some) > 1 else some[0])
+            block = block * root.flatten()
+            share = block @ block.T if share is None else share.addmm_(block, block.T)
+        assert share is not None
+        return share
+
+    def blocks(self, root: Tensor | None, entries: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield some entries of all gradients after the other, ``(N R, b)`` times the root, and where they begin.
 
         No more is held at once than stays in the processor's cache; what cannot be divided comes in one piece.
         """
-        root = None if scale is None else scale.sqrt().reshape(-1)
         widths = [part.width for part in self.parts]
         size = math.lcm(*(width or entries for width in widths))
         step = max(1, BLOCK // max(self.rows * size, 1)) * size
@@ -176,13 +200,13 @@ class ParameterGram:
             yield lo, block if root is None else block * root[lo:hi]
 
     def _dense(self, scale: Tensor | None, memory: int, entries: int) -> Tensor:
+        root = None if scale is None else scale.sqrt().reshape(-1)
         if all(part.width is not None for part in self.parts):
             share: Tensor | None = None
-            for _, some in self.blocks(scale, entries):
+            for _, some in self.blocks(root, entries):
                 share = some @ some.T if share is None else share.addmm_(some, some.T)
             if share is not None:
                 return share
-        root = None if scale is None else scale.sqrt().reshape(-1)
         blocks = [(part, lo, hi) for part in self.parts for lo, hi in _ranges(part, memory, entries)]
 
         def rows(part: Part, lo: int, hi: int) -> Tensor:

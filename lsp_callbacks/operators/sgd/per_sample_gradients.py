@@ -360,7 +360,7 @@ def _by_rule(
     if norm is call:
         return channel_uses(_some(norm.normalised, taken), some), call, passes
     if norm is not None:
-        through = uses_ahead_of_norm(call.module, call.args[0], some, norm.normalised, taken)
+        through = uses_ahead_of_norm(call.module, call.args[0], some, lambda step: norm.normalised[::step], taken)
         if through is not None:
             return through, call, passes
     return (call.module, _some(call.args[0], taken), some), call, passes

@@ -47,17 +47,22 @@ class RowSketch:
             entries: of the parameter.
         """
         share = self.values.new_zeros(len(self.values), len(self.values))
-        for lo, block in gram.blocks(wide(scale).expand(entries) if not scale.ndim else wide(scale), entries):
-            share.addmm_(block, block.T)
-            self.add(begin + lo, block)
+        roots = self._signs_at(begin, entries) * wide(scale).sqrt().reshape(-1)
+        for lo, block in gram.blocks(roots, entries):
+            share.addmm_(block, block.T)  # in which signs drop out
+            self._place(begin + lo, block)
         return share
+
+    def _signs_at(self, lo: int, count: int) -> Tensor:
+        shift = lo % PERIOD
+        return self._signs.roll(-shift).repeat(-(-count // PERIOD))[:count]
 
     def add(self, lo: int, block: Tensor) -> None:
         """Add entries lo, lo + 1, ... of all rows, ``(rows, b)``."""
-        size, count = self.values.shape[1], block.shape[1]
-        shift = lo % PERIOD
-        signs = self._signs.roll(-shift).repeat(-(-count // PERIOD))[:count]
-        signed = block * signs
+        self._place(lo, block * self._signs_at(lo, block.shape[1]))
+
+    def _place(self, lo: int, signed: Tensor) -> None:
+        size, count = self.values.shape[1], signed.shape[1]
         begin = lo % size
         head = min(count, size - begin) if begin else 0
         if head:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -70,10 +71,14 @@ def step_jacobian(snapshot: Snapshot, *, method: Method = "auto") -> LinearOpera
     tangent, size = step_tangent(snapshot)
     pull = _step_adjoint(snapshot) if formula_of(optimizer) is not None else None
 
+    @functools.cache
+    def transposed() -> LinearOperator:
+        return hessian(snapshot, method="exact") if _reaches_where_nothing_pulls(snapshot) else H
+
     def adjoint(w: Tensor) -> Tensor:
         assert pull is not None
         z, change = pull(w)
-        return torch.cat([z[:n] + H.apply(change), z[n:]])
+        return torch.cat([z[:n] + transposed().apply(change), z[n:]])
 
     transpose = None if pull is None else adjoint
     return LinearOperator((size, size), lambda z: tangent(z, H.apply(z[:n])), transpose, dtype=H.dtype, device=H.device)
@@ -93,6 +98,19 @@ def accurate_hessian(snapshot: Snapshot, method: Method) -> LinearOperator:
     else:
         weight = _response(snapshot)
     return hessian(snapshot, method=method, weight=weight, relative=False)
+
+
+def _reaches_where_nothing_pulls(snapshot: Snapshot) -> bool:
+    """Return whether a preconditioner is largest where the gradient is exactly 0: dead units, tokens not yet seen.
+
+    The transpose multiplies by it *before* the Hessian. Such numbers then are a million times the others, and what a
+    difference of gradients along both together says of the others is rounding.
+    """
+    optimizer = snapshot.require_optimizer()
+    if formula(optimizer).second_moment is None:
+        return False
+    reach, still = _response(snapshot), clipped_gradient(snapshot) == 0
+    return bool(reach.where(still, 0.0).max() > reach.where(~still, 0.0).max())
 
 
 def _response(snapshot: Snapshot) -> Tensor:

@@ -15,6 +15,7 @@ from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.quantities.base import Quantity
 from lsp_callbacks.quantities.key import CURVATURE, Key, standard_error
+from lsp_callbacks.step.replay_checks import replayed_gradient
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Fewer batches do not show their own spread.
@@ -111,11 +112,12 @@ class BatchSharpness(Quantity):
 
 
 def curvature_of_step(snapshot: Snapshot, method: Method = "auto") -> Tensor:
-    """Return the `curvature_along_gradient` of a step, from its gradient.
+    """Return the `curvature_along_gradient` of a step, from its gradient, or from a replay's where it is not given.
 
     Raises:
-        Unmeasurable: without the gradient, or where it vanishes; see `hessian`.
+        Unmeasurable: where the gradient vanishes; see `hessian`.
     """
-    if (gradient := snapshot.flat_gradient) is None:
-        raise Unmeasurable("batch sharpness is the curvature along the step's gradient: pass Snapshot(gradient=...)")
+    gradient = snapshot.flat_gradient
+    if gradient is None:
+        gradient = replayed_gradient(snapshot)[1]
     return curvature_along_gradient(hessian(snapshot, method=method), gradient)

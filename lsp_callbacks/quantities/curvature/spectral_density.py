@@ -13,7 +13,7 @@ from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.plots.density import axis_unit, draw_densities_over_training, draw_density
 from lsp_callbacks.plots.figure import load
-from lsp_callbacks.quantities.base import Quantity
+from lsp_callbacks.quantities.base import Quantity, are_measurements
 from lsp_callbacks.quantities.key import CURVATURE, Key, standard_error
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -125,13 +125,13 @@ class SpectralDensity(Quantity):
         self.latest = spectrum
         self.finish(_values(spectrum))
 
-    def plot(self, val: Spectrum | None = None, ax: Any = None) -> tuple[Figure, Any]:  # type: ignore[override]
+    def plot(self, val: Any = None, ax: Any = None) -> tuple[Figure, Any]:
         """Draw the last density with its outliers and fit and, below, all densities so far over training.
 
         Densities from before a resume are missing: checkpoints do not hold them.
 
         Args:
-            val: a density to be drawn alone; None takes the last one.
+            val: a density to be drawn alone; None takes the last one; measurements are drawn as by `Quantity.plot`.
             ax: to draw the density into, alone; None makes a figure without a window.
 
         Returns:
@@ -141,6 +141,8 @@ class SpectralDensity(Quantity):
             ValueError: before a measurement, where no density is given.
             ImportError: without matplotlib.
         """
+        if are_measurements(val):
+            return super().plot(val, ax)
         spectrum = self.latest if val is None else val
         if spectrum is None:
             raise ValueError("nothing has been measured yet: call update first, or pass a Spectrum")

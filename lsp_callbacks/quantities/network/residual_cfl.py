@@ -20,7 +20,7 @@ from lsp_callbacks.operators.network.residual_block import residual_block
 from lsp_callbacks.quantities.base import Quantity, scalar
 from lsp_callbacks.quantities.key import PREFIX, Key, relative_residual
 from lsp_callbacks.quantities.module_filter import Selection, selected, validate
-from lsp_callbacks.step.replay_checks import Call
+from lsp_callbacks.step.replay_checks import Call, calls_with_inputs
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Lanczos products from nothing, and from the vectors of the last measurement.
@@ -136,7 +136,7 @@ class ResidualCFL(Quantity):
     def update(self, snapshot: Snapshot) -> None:
         """Measure one step."""
         self.complete = False
-        calls = snapshot.calls
+        calls = calls_with_inputs(snapshot, self.captures_inputs)
         generator = snapshot.generator(self.name)
         starts: dict[str, Tensor] = {}
         blocks = snapshot.run.ranks.first(lambda: self._measure(snapshot.module, calls, generator, starts), self.name)

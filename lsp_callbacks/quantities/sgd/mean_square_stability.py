@@ -25,7 +25,7 @@ from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_m
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.quantities.sgd.collapse import COLLAPSED, collapse, none_yet
 from lsp_callbacks.quantities.sgd.frozen_exponents import courant_of
-from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, graph_price, replay_price
+from lsp_callbacks.quantities.sgd.mean_square_cost import COMPARED, checked_price, graph_price, replay_price, rule_cost
 from lsp_callbacks.quantities.sgd.mean_square_shards import OfShards, shards_memory, shards_price
 from lsp_callbacks.quantities.sgd.probe_cost import kernel_memory
 from lsp_callbacks.step.graph_reader import GraphReader
@@ -59,8 +59,9 @@ class MeanSquareStability(OfShards):
 
     Of samples with many positions the rows are at a few. Each position then counts as a sample of its own, and a batch
     as that many positions over their design effect, see `lsp_callbacks.functional.design_effect`: few positions that
-    stood for all would have many times the noise of the batch. From 32 rows the number is within a factor of about two
-    of that from all positions, and low where a batch has few sharp ones, which 32 rows mostly miss.
+    stood for all would have many times the noise of the batch. In large layers a quarter of the units, taken by size,
+    stands for all (`some_units`), but for readings that are checked. From 32 rows the number is within a factor of
+    about two of that from all positions, and low where a batch has few sharp ones, which 32 rows mostly miss.
 
     The network has *collapsed* where its outputs no longer depend on its inputs: nine of ten samples, of different
     inputs, have the same outputs to the last digits and the same gradient (dead ReLUs, saturated units), though their
@@ -158,15 +159,19 @@ class MeanSquareStability(OfShards):
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         if self.reads_shards(snapshot):
             return shards_price(snapshot, self.rows, checks=self._checks_next or self._known is None)
+        rule = rule_cost(snapshot)
         if self._price and not self.needs_replay:
-            return self._price
+            return self._price | rule
         if self._price and self._checks_next and "batch statistics" not in self._price:
-            return self._price | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
+            return self._price | rule | {"gradient": 1.0, "check of the rows": 1.0, "places of the samples": 1 / 3}
+        if self._checks_next and (price := checked_price(snapshot, self._rows_of_graph(snapshot))):
+            return price | rule
         samples = step_samples(snapshot, self._most)
-        n = samples.samples
+        n, is_first = samples.samples, self.latest is None
         positions = max(2, self._positions(n)) if self.latest is None else self.latest.kernel.rows
         count = row_count(n, self.rows)
-        return replay_price(snapshot, samples, count, positions, is_first=self.latest is None, checks=self._checks_next)
+        price = replay_price(snapshot, samples, count, positions, is_first=is_first, checks=self._checks_next)
+        return price | rule
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Look at fewer samples of the batch, 32 at least."""

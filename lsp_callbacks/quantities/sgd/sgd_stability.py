@@ -16,7 +16,7 @@ from lsp_callbacks.operators.sgd.frozen_sgd import FrozenSGD, critical_rule, fro
 from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing
 from lsp_callbacks.plots.figure import load
 from lsp_callbacks.plots.stability_diagram import draw_stability_diagram
-from lsp_callbacks.quantities.base import Quantity
+from lsp_callbacks.quantities.base import Quantity, are_measurements
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key, standard_error
 from lsp_callbacks.quantities.sgd.diagram_around_step import diagram_around_step
 from lsp_callbacks.quantities.sgd.frozen_exponents import RandomProduct, details, exponents, moment
@@ -239,11 +239,12 @@ class SGDStability(Quantity):
         draws = {"sampling": self.sampling, "replacement": self.replacement, "population": sgd.population}
         return stability_diagram(sgd.modes, rule=sgd.rule, **(draws | settings))
 
-    def plot(self, val: StabilityDiagram | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:  # type: ignore[override]
+    def plot(self, val: Any = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the stability diagram, in the manner of torchmetrics.
 
         Args:
-            val: None takes the diagram at the last measured weights, with a star at the step's own rate and batch size.
+            val: a `StabilityDiagram`; None takes that at the last measured weights, with a star at the step's own rate
+                and batch size; measurements are drawn as by `Quantity.plot`.
             ax: to draw into; None makes a figure without a window.
 
         Returns:
@@ -253,6 +254,8 @@ class SGDStability(Quantity):
             ValueError: before a measurement, where no diagram is given.
             ImportError: without matplotlib.
         """
+        if are_measurements(val):
+            return super().plot(val, ax)
         run: dict[str, Any] = {}
         if val is None:
             sgd = self.latest or self._shown

@@ -26,7 +26,7 @@ from lsp_callbacks.operators.trajectory.update_rules import formula
 from lsp_callbacks.operators.trajectory.window import KeptStep, Window, keep
 from lsp_callbacks.plots.depth_map import draw_depth_map
 from lsp_callbacks.plots.figure import load
-from lsp_callbacks.quantities.base import ROOT, scalar
+from lsp_callbacks.quantities.base import ROOT, are_measurements, scalar
 from lsp_callbacks.quantities.curvature.sharpness import alignment_cost, measured_threshold
 from lsp_callbacks.quantities.key import PREFIX
 from lsp_callbacks.quantities.trajectory import profile_in_depth, profile_in_training
@@ -277,11 +277,11 @@ class StabilityProfile(Windowed):
             values = {f"{PREFIX}{name}": getattr(self, f"{PREFIX}{name}") for name in profile_in_depth.ALWAYS} | values
         return values | {f"{PREFIX}sigma_x/{name or ROOT}": scalar(value) for name, value in self._sigma.items()}
 
-    def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:  # type: ignore[override]
+    def plot(self, val: Any = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw sigma^x over depth and training time, of the measurements since the run began or was resumed.
 
         Args:
-            val: ``(measurements, L)``; None takes the measured ones.
+            val: ``(measurements, L)``; None takes the measured ones; measurements are drawn as by `Quantity.plot`.
             ax: to draw into; None makes a figure without a window.
 
         Returns:
@@ -291,6 +291,8 @@ class StabilityProfile(Windowed):
             ValueError: before a measurement, where no values are given.
             ImportError: without matplotlib.
         """
+        if are_measurements(val):
+            return super().plot(val, ax)
         steps, names = [step for step, _ in self._map], list(self._sigma)
         if val is None:
             if not self._map:
