@@ -139,7 +139,7 @@ def tangent_kernel(
 
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
-        Unsupported: more rows would have to be formed than ``most_rows``.
+        Unsupported: more rows would have to be formed than ``most_rows``, or samples mix otherwise than by statistics.
 
     Cost: one forward pass over the probes and R backward passes to the outputs of layers; the check a whole backward
     pass; of tied ones ``N R`` over a part; ``n^2`` memory for K beside the activations.
@@ -218,7 +218,13 @@ def tangent_kernel(
         )
     rows_of = {name: ParameterGram() for name in unexplained}
     for index in range(len(probes.parts)) if unexplained else ():
-        evaluation, _, seeds = directions.evaluate(index)
+        evaluation, recorder, seeds = directions.evaluate(index)
+        if recorder is not None and recorder.mixes_samples(evaluation.outputs, seeds[0]):
+            raise Unsupported(
+                "the outputs of each sample depend on the other samples of its batch (a contrastive loss, negatives "
+                "from the batch): the loss is no mean over samples, and batches of other samples would have another "
+                "curvature; sharpness, courant_gd and lyapunov know that of the whole batch"
+            )
         add_rows(rows_of, evaluation.outputs, parameters, seeds, directions.taken.get(index, (None,))[0])
     for name, rowwise in rows_of.items():
         shares[name], path[name] = rowwise.gram(diagonal[name], memory, parameters[name].numel()), "rows"

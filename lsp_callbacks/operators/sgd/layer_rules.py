@@ -292,7 +292,12 @@ def _(layer: nn.BatchNorm2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
 
 
 def uses_ahead_of_norm(
-    layer: nn.Module, x: Tensor, g: Tensor, normalised: Tensor, taken: Tensor | None = None
+    layer: nn.Module,
+    x: Tensor,
+    g: Tensor,
+    normalised: Callable[[int], Tensor],
+    taken: Tensor | None = None,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Use] | None:
     """Return the uses of the weight of a layer whose outputs are normalised over the batch: through its statistics.
 
@@ -305,27 +310,29 @@ def uses_ahead_of_norm(
         layer: a linear layer or a convolution; None is returned for others.
         x: its input, of the whole batch.
         g: the gradients at its output with the statistics held fixed, of the samples that have rows, ``(N, R, ...)``.
-        normalised: y, of the whole batch.
+        normalised: from a number s to y of every s-th sample of the batch.
         taken: indices of the samples that have rows; None is all.
+        sums: over positions of g and of ``g y``, ``(N, R, C)``, where they are known.
     """
     inputs = x if taken is None else x[taken]
     if is_linear(layer) and x.ndim == 2:
-        split, y = g[:, :, None, :, None], normalised[:, None, :, None]
-        mean, slope = x.mean(0)[None], (normalised.T @ x)[None] / len(x)
+        groups, split = 1, g[:, :, None, :, None]
+        mean, slope = x.mean(0)[None], (normalised(1).T @ x)[None] / len(x)
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and x.ndim == len(layer.kernel_size) + 2:
-        groups, count = layer.groups, normalised[:, 0].numel()
-        split = g.reshape(*g.shape[:2], groups, -1, g.shape[3:].numel())
-        y = normalised.reshape(len(x), groups, -1, split.shape[-1])
-        ones = normalised.new_ones(1, groups, *normalised.shape[2:])
+        groups, count = layer.groups, len(x) * g.shape[3:].numel()
+        split = g.flatten(3).unflatten(2, (groups, -1))
+        ones = g.new_ones(1, groups, *g.shape[3:])
         mean = _weight_gradient(layer, x.sum(0, keepdim=True), ones).view(groups, -1) / count  # of the sum, once
         step = min(SPARSE, max(1, count // POSITIONS))
-        some = normalised[::step]
+        some = normalised(step)
         slope = _weight_gradient(layer, x[::step], some).view(groups, layer.out_channels // groups, -1)
         slope = slope / some[:, 0].numel()
     else:
         return None
-    y = y if taken is None else y[taken]
-    shift, scale = split.sum(-1), (split * y[:, None]).sum(-1)  # (N, R, G, o)
+    if sums is None:
+        y = normalised(1) if taken is None else normalised(1)[taken]
+        sums = split.sum(-1), (split * y.reshape(len(y), 1, *split.shape[2:])).sum(-1)
+    shift, scale = (t.unflatten(2, (groups, -1)) if t.ndim == 3 else t for t in sums)  # (N, R, G, o)
 
     def gradients(lo: int, hi: int) -> Tensor:
         if is_linear(layer):
