@@ -1,10 +1,9 @@
 """Claim: followed by two products a reading, or a few more, sharpness is within 3 % in the median.
 
-Found: along ten runs of a hundred readings each, against scipy's eigsh in float64, the median error is below 1 %, and
-99 % of the truths lie inside of ``sharpness (1 +- residual)``; none is outside by more than twice. With ``bounded``
-all lie inside, at three times the products. The constants of `lsp_callbacks.operators.curvature.followed_top` were
-chosen on seeds 0, 1, 5 and 6; each table of the ``.md`` says its seed. Tables of bounds are older than differences at
-kinks whose slopes are held.
+Found: the tables of the ``.md``, against scipy's eigsh in float64, along ten runs of a hundred readings each. With
+``bounded`` all lie inside, at three times the products. The constants of
+`lsp_callbacks.operators.curvature.followed_top` were chosen on seeds 0 and 1. Tables of bounds are older than
+differences at kinks whose slopes are held.
 
 ``python benchmarks/sharpness_error_bars.py [SEED [READINGS [EVERY]]] [--bounded] [--only WORD]`` prints such a table;
 EVERY is the number of steps between readings, otherwise as in `sharpness_runs.RUNS`; WORD is a part of their names.

@@ -2,7 +2,7 @@
 
 from lsp_callbacks.linalg.cocycle import lyapunov_exponents, orthonormalise, push, spectral_radius
 from lsp_callbacks.linalg.followed_norm import FollowedNorm, followed_norm
-from lsp_callbacks.linalg.gauss_radau import TopNode, top_node
+from lsp_callbacks.linalg.gauss_radau import Images, TopNode
 from lsp_callbacks.linalg.lanczos import lanczos
 from lsp_callbacks.linalg.operator import (
     LinearOperator,
@@ -23,6 +23,7 @@ from lsp_callbacks.linalg.spectrum_bounds import spectrum_bounds
 __all__ = [
     "Eigenpair",
     "FollowedNorm",
+    "Images",
     "LinearOperator",
     "Quadrature",
     "Ritz",
@@ -45,6 +46,5 @@ __all__ = [
     "spectral_radius",
     "spectrum_bounds",
     "top_between",
-    "top_node",
     "unit",
 ]

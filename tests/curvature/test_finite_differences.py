@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from lsp_callbacks import Lyapunov, LyapunovTrajectory, Sharpness
 from lsp_callbacks.operators import hessian, step_jacobian
-from lsp_callbacks.operators.curvature.finite_differences import Differences, lengths
+from lsp_callbacks.operators.curvature.finite_differences import Differences
 from lsp_callbacks.operators.curvature.hessian import path_taken
+from lsp_callbacks.operators.curvature.parameter_lengths import lengths
 from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot

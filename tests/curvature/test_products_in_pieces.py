@@ -115,4 +115,4 @@ def test_a_run_divides_its_batch_where_the_graph_would_not_fit(monkeypatch):
         values.append(monitor.history["stability/sharpness"].values)
         prices.append(monitor.monitor.cadence.paces["sharpness"].price)
     assert values[0] == pytest.approx(values[1], rel=1e-9)
-    assert prices[1] == pytest.approx(prices[0] + 1.3 * (USUAL[0] - 1) + 1 / 3)  # one is a comparison
+    assert prices[1] == pytest.approx(prices[0] + 1.3 * (USUAL[1][0] - 1) + 1 / 3)  # one is a comparison

@@ -27,7 +27,7 @@ from lsp_callbacks.linalg import from_matrix
 from lsp_callbacks.operators import coming_rule, decayed_hessian, frozen_rule, preconditioned_hessian, step_jacobian
 from lsp_callbacks.operators.cost import followed_cost
 from lsp_callbacks.operators.curvature.followed_top import COLD, MOST, USUAL, WARM
-from lsp_callbacks.operators.curvature.stability_threshold import followed_threshold, stability_threshold
+from lsp_callbacks.operators.curvature.stability_threshold import followed_mode, stability_threshold
 from lsp_callbacks.step.clipping import Clipping
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
@@ -230,7 +230,7 @@ def test_a_window_is_the_dense_product_of_exact_tangents(kind, clipping):
         metric.update(snapshot)
         A = step_jacobian(snapshot, method="exact").dense()
         if step == 0:
-            found = followed_threshold(snapshot, method="exact")
+            found = followed_mode(snapshot, method="exact")
             n, scales = len(found.mode), (found.root, found.buffer_scale)[: 1 if found.buffer_scale is None else 2]
             into, back = torch.zeros(2, len(scales) + 1, len(A), dtype=f64)
             for k, scale in enumerate(scales):
@@ -248,30 +248,35 @@ def test_a_window_is_the_dense_product_of_exact_tangents(kind, clipping):
 
 
 def test_the_cost_counts_the_runs():
-    """SGD one, a preconditioner two, decays that differ three; three or four products each at first, then two to four.
+    """SGD one, decays that differ three; three or four products each at first, then two to four.
 
-    The last of three starts from the vector of the first.
+    A preconditioner makes one of two metrics, with one product more, two at first. The last of three starts from the
+    vector of the first.
     """
     problem = regression()
     parts = list(problem.parameters())
     groups = lambda: [{"params": parts[:2], "weight_decay": 0.1}, {"params": parts[2:]}]  # noqa: E731
     for optimizer, runs in (
-        (SGD(parts, lr=0.1), 1), (AdamW(parts), 2), (AdamW(groups()), 2), (SGD(groups(), lr=0.1), 3)
+        (SGD(parts, lr=0.1), 1), (AdamW(parts), 0), (AdamW(groups()), 0), (SGD(groups(), lr=0.1), 3)
     ):  # fmt: skip
         calls = []
         replay = lambda calls=calls: calls.append(1) or problem()  # noqa: E731
         snapshot = freeze(problem, optimizer, replay=replay)
         metric = Sharpness(method="finite_difference")
         cost = lambda: sum(metric.cost(snapshot).get(part, 0.0) for part in ("edge", "sharpness"))  # noqa: E731, B023
-        assert cost() == pytest.approx(followed_cost(snapshot, "finite_difference", USUAL[1], runs))
+
+        def price(cold, snapshot=snapshot, runs=runs):
+            return followed_cost(snapshot, "finite_difference", USUAL[1 if runs else 2][cold], runs or 1)
+
+        assert cost() == pytest.approx(price(1))
         calls.clear()
         metric.update(freeze(problem, optimizer, replay=replay))
-        least = COLD * min(runs, 2) + WARM * (runs > 2)
-        assert least <= len(calls) <= COLD * runs + 4  # and the replays of freeze and of the graph
+        least = COLD * min(runs, 2) + WARM * (runs > 2) if runs else COLD + 2
+        assert least <= len(calls) <= (MOST * runs or MOST + 2) + 4  # and the replays of freeze and of the graph
         calls.clear()
         metric.update(freeze(problem, optimizer, replay=replay))
-        assert cost() == pytest.approx(followed_cost(snapshot, "finite_difference", USUAL[0], runs))
-        assert WARM * runs <= len(calls) <= MOST * runs + 4
+        assert cost() == pytest.approx(price(0))
+        assert (WARM * runs or WARM + 1) <= len(calls) <= (MOST * runs or MOST + 2) + 4
 
 
 def steps_of(replay, optimizer, problem, count):

@@ -9,11 +9,11 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from lsp_callbacks.autograd._torch_internals import base, foreach_norm, version
+from lsp_callbacks.autograd._torch_internals import base, version
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import LinearOperator, inner, norm, norms
-from lsp_callbacks.linalg.operator import HIGH, LOW
+from lsp_callbacks.linalg import LinearOperator, inner, norm
 from lsp_callbacks.operators.curvature.gradient_difference import Difference, LastProduct, Products, Untrusted
+from lsp_callbacks.operators.curvature.parameter_lengths import lengths, sizes_of
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.known_scale import Scale
 from lsp_callbacks.step.snapshot import Snapshot
@@ -65,12 +65,21 @@ class Differences:
         weight: what products are multiplied by, one number or one for each parameter.
         relative: False where ``weight * H u`` is added to the unit vector u: then an error that is small against 1 is
             accepted.
+        both: whether products are also used without the weight: then both have to be accurate.
 
     Cost: one gradient for each product, on the path that training took, uncompiled; one more in a step whose curvature
     is larger than the first distance can resolve, and one where the loss is not resolved.
     """
 
-    def __init__(self, snapshot: Snapshot, gradient: Tensor, weight: Tensor | float = 1.0, *, relative: bool = True):
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        gradient: Tensor,
+        weight: Tensor | float = 1.0,
+        *,
+        relative: bool = True,
+        both: bool = False,
+    ):
         self.snapshot, self.centre = snapshot, gradient
         self.parameters = list(snapshot.parameters.values())
         self.eps = float(torch.finfo(gradient.dtype).eps)
@@ -83,11 +92,11 @@ class Differences:
         self.coarse = 0.5 * self.eps * self.theta / self.tolerance
         self.weight, self.least = weight, LEAST * self.eps**0.5 if not relative else 0.0
         self.amplified = self._norm(weight) / self._count() ** 0.5 if isinstance(weight, Tensor) else abs(weight)
-        self.seen, self.used, self.loss, self.rounding = 0.0, 0.0, 0.0, 0.0
+        self.both, self.seen, self.used, self.loss, self.rounding = both, 0.0, 0.0, 0.0, 0.0
         self.nearest, self.referred = NEAR, False
         self.last: LastProduct | None = None
         self._noted: tuple[float, ...] = ()
-        self.key = (None if snapshot.player is None else snapshot.player.name, self._uneven, relative)
+        self.key = (None if snapshot.player is None else snapshot.player.name, self._uneven, relative, both)
         self.known = snapshot.run.known_scales.before(snapshot.step, self.key)
 
     def product(self, v: Tensor) -> Tensor:
@@ -235,11 +244,15 @@ class Differences:
         unresolved = (
             6 * self.known.rounding / (ACCEPTED * self.tolerance * scale.seen)
         ) ** 0.5  # the loss, not the gradient
+        if self.both and scale.seen:
+            rounded = max(rounded, SAFETY * bound / (0.3 * self.tolerance * scale.seen))
         fine = min(1.001 * self.coarse, CLEAR * reach)
         return min(FAR * reach, max(self.nearest * reach, fine, 5 * self.eps * self.theta, rounded, unresolved))
 
     def _clear(self, difference: Difference) -> bool:
         if not difference.distance * self.seen < math.inf:
+            return False
+        if self.both and SAFETY * self.bound() > difference.distance * self.tolerance * self.seen:
             return False
         accepted = difference.distance * self._accepted / (SAFETY * self.bound()) if self.bound() else math.inf
         if self.amplified <= accepted or not self._uneven:
@@ -277,7 +290,10 @@ class Differences:
     def _compare(self, v: Tensor, size: float, near: Difference) -> None:
         """Raise an error unless a difference twice as far agrees: then only the loss is rounded."""
         far = self.difference(v, size, 2 * near.distance)
-        if not (self._gap(near, far) <= self._accepted and self._rounded(near, far)):
+        is_near = self._gap(near, far) <= self._accepted
+        if self.both and is_near:
+            is_near = self._gap(near, far, 1.0) <= self.tolerance * self.seen
+        if not (is_near and self._rounded(near, far)):
             raise Untrusted("the change of the loss is not that of its gradient")
         self.rounding = 2 * max(abs(near.defect), abs(far.defect))
 
@@ -289,8 +305,10 @@ class Differences:
         grows = abs(far.defect) > 4 * abs(near.defect)
         return small and not grows and abs(far.defect - 2 * near.defect) > 0.3 * abs(near.defect)
 
-    def _gap(self, near: Difference, far: Difference) -> float:
-        return self._norm(self.weight * (near.change / near.distance - far.change / far.distance))
+    def _gap(self, near: Difference, far: Difference, weight: Tensor | float | None = None) -> float:
+        return self._norm(
+            (self.weight if weight is None else weight) * (near.change / near.distance - far.change / far.distance)
+        )
 
     # What a process that holds a part of each vector computes together with the others, see `ShardDifferences`.
 
@@ -307,7 +325,7 @@ class Differences:
         return [torch.dot(a, b) for a, b in pairs]
 
     def _norms(self, parts: Sequence[Tensor], order: float = 2.0) -> list[float]:
-        return _norms([*parts], order)
+        return sizes_of([*parts], order)
 
     def _norm(self, v: Tensor) -> float:
         return float(norm(v))
@@ -369,23 +387,3 @@ def difference_hessian(
             ) from None
 
     return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)
-
-
-def lengths(parameters: Sequence[Tensor], sizes: Sequence[float] | None = None) -> list[float] | None:
-    """Return the norm of an average row of each tensor, at least a tenth of the median; None where all are 0.
-
-    Args:
-        parameters: the tensors.
-        sizes: their norms, if they are known.
-    """
-    sizes = _norms([p.detach() for p in parameters]) if sizes is None else sizes
-    values = [float(size) / max(1, len(p) if p.ndim else 1) ** 0.5 for size, p in zip(sizes, parameters)]
-    typical = sorted(values)[len(values) // 2] or min((x for x in values if x > 0), default=0.0)
-    return [max(x, 0.1 * typical) for x in values] if typical > 0 else None
-
-
-def _norms(parts: list[Tensor] | tuple[Tensor, ...], order: float = 2.0) -> list[float]:
-    """Return the norm of each part."""
-    sizes = torch.stack(foreach_norm(parts, order)).tolist()
-    is_accurate = order != 2.0 or all(LOW < size < HIGH for size in sizes)
-    return sizes if is_accurate else torch.stack(norms(parts)).tolist()

@@ -22,7 +22,12 @@ Method = Literal["auto", "exact", "finite_difference"]
 
 
 def hessian(
-    snapshot: Snapshot, *, method: Method = "auto", weight: Tensor | float | None = None, relative: bool = True
+    snapshot: Snapshot,
+    *,
+    method: Method = "auto",
+    weight: Tensor | float | None = None,
+    relative: bool = True,
+    both: bool = False,
 ) -> LinearOperator:
     """Return ``v -> H v``, with ``H = d^2 L / d theta^2`` at the step's parameters, batch and random masks.
 
@@ -52,6 +57,7 @@ def hessian(
         weight: what products will be multiplied by, one number or one for each parameter: differences are made as
             accurate as that needs.
         relative: False where ``weight * H u`` is added to the unit vector u.
+        both: whether products are also used without the weight.
 
     Returns:
         A symmetric operator on the flat vector of the trainable parameters, ``(P,) -> (P,)``, at least float32.
@@ -78,7 +84,7 @@ def hessian(
     if is_exact:
         return _exact(snapshot)
     if weight is not None:
-        return _finite_difference(snapshot, weight=weight, relative=relative)
+        return _finite_difference(snapshot, weight=weight, relative=relative, both=both)
     return _unweighted_difference(snapshot)
 
 
@@ -178,6 +184,7 @@ def _finite_difference(
     alone: bool = False,
     weight: Tensor | float = 1.0,
     relative: bool = True,
+    both: bool = False,
 ) -> LinearOperator:
     """Return products by differences from a gradient; ``alone``: there are no exact products to fall back on."""
     gradient = snapshot.flat_gradient if gradient is None else gradient
@@ -187,7 +194,7 @@ def _finite_difference(
     if snapshot.held is not None:
         products_so_far(snapshot).differences = label("finite difference, shards", snapshot)
         return shard_hessian(held or snapshot, products_so_far(snapshot), weight, relative=relative)
-    differences = Differences(held or snapshot, gradient, weight, relative=relative)
+    differences = Differences(held or snapshot, gradient, weight, relative=relative, both=both)
     products = products_so_far(snapshot)
     path = label("finite difference, slopes held" if held else "finite difference", snapshot)
     if alone:

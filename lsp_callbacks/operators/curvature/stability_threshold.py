@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.stability_constant import stability_constant
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.operators.curvature.followed_top import RECENT, followed_top
+from lsp_callbacks.operators.curvature.followed_top import FEW, RECENT, Earlier, followed_top, followed_tops
 from lsp_callbacks.operators.curvature.hessian import Method, hessian
 from lsp_callbacks.operators.curvature.top_eigenvalue import Top, bounded_top
 from lsp_callbacks.operators.trajectory.coming_preconditioner import coming_rule
@@ -67,6 +67,7 @@ class SharpMode:
         buffer: ``() ->`` `buffer_rates` of the step; None without momentum.
         accuracy: relative error of products: the quotient of ``mode`` may be above the largest eigenvalue by it.
         beyond: the largest eigenvalue may be above the quotient of ``mode`` by it, relatively.
+        carried: what the next step starts from, in the coordinates of ``mode``.
         eigenvalue: the estimate of the largest eigenvalue of H, and how far that may be from it, relatively, where
             ``mode`` is the sharpest direction of H as well; None elsewhere.
     """
@@ -76,6 +77,7 @@ class SharpMode:
     buffer: Callable[[], Tensor | float] | None
     accuracy: Tensor
     beyond: Tensor
+    carried: Tensor
     eigenvalue: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -103,6 +105,7 @@ class StabilityThreshold(SharpMode):
         courant: ``lambda_max(R^1/2 H' R^1/2) / c``: 1 is the edge.
         limit: ``lambda_max(H') / courant``, the sharpness at which the step would be at its edge; NaN at rate 0.
         top: unit eigenvector of H, flat; the mode itself where R is one number.
+        carried_top: what the next step starts from, likewise.
         products: how many Hessian products were used.
         recent: values of this and earlier steps, for the next.
     """
@@ -113,6 +116,7 @@ class StabilityThreshold(SharpMode):
     courant: Tensor
     limit: Tensor
     top: Tensor
+    carried_top: Tensor
     products: int
     recent: Recent
 
@@ -198,7 +202,10 @@ def followed_threshold(
     def find(operator: LinearOperator, start: Tensor | None, recent: Sequence[float], root: Root = 1.0) -> Top:
         return followed_top(operator, snapshot, start, recent, root)
 
-    return _threshold(snapshot, start, top, find, method, recent)
+    def both(operator: LinearOperator, root: Tensor, plain: Earlier, steepest: Earlier) -> list[Top]:
+        return followed_tops(operator, snapshot, [plain, replace(steepest, root=root)], snapshot.flat_gradient)
+
+    return _threshold(snapshot, start, top, find, method, recent, both)
 
 
 def followed_mode(snapshot: Snapshot, *, start: Tensor | None = None, method: Method = "auto") -> SharpMode:
@@ -233,6 +240,24 @@ def has_own_run(snapshot: Snapshot) -> bool:
     return isinstance(rates(snapshot), Tensor) or isinstance(decay_rates(snapshot), Tensor)
 
 
+def may_share_products(snapshot: Snapshot) -> bool:
+    """Return whether products of H are those of ``R^1/2 H' R^1/2``, too, if each parameter moves: see `followed_tops`.
+
+    Then H' is H: nothing is maximized, and no decay is coupled. Of few parameters each operator is measured to the end.
+
+    Cost: nothing.
+    """
+    if step_constants(snapshot).sign < 0 or snapshot.held is not None or snapshot.gradient is None:
+        return False
+    decay = coupled_decay(snapshot)
+    return not isinstance(decay, Tensor) and not decay and sum(p.numel() for p in snapshot.parameters.values()) > FEW
+
+
+def _shares_products(snapshot: Snapshot, root: Root) -> bool:
+    is_tensor = isinstance(root, Tensor) and may_share_products(snapshot)
+    return is_tensor and bool((root > 0).all()) and bool(root.isfinite().all())  # type: ignore[union-attr]
+
+
 def _mode(snapshot: Snapshot, rule: FrozenRule, steepest: Top, root: Tensor | float, value: Tensor) -> dict[str, Any]:
     """Return the fields of `SharpMode`, of which errors are relative to a value."""
     return {
@@ -241,6 +266,7 @@ def _mode(snapshot: Snapshot, rule: FrozenRule, steepest: Top, root: Tensor | fl
         "buffer": partial(buffer_rates, snapshot, rule) if rule.momentum else None,
         "accuracy": _relative(steepest.accuracy, value),
         "beyond": _relative(steepest.beyond, value),
+        "carried": steepest.carried,
     }
 
 
@@ -251,6 +277,7 @@ def _threshold(
     find: Callable[..., Top],
     method: Method,
     recent: Recent = NOTHING,
+    both: Callable[..., list[Top]] | None = None,
 ) -> StabilityThreshold:
     """Return the threshold by a function that finds the top of an operator.
 
@@ -261,6 +288,7 @@ def _threshold(
         find: takes the operator, a start, earlier values, and ``R^1/2`` where the operator has it.
         method: of the products.
         recent: earlier values.
+        both: finds the tops of H and of ``R^1/2 H R^1/2`` by the same products; None finds one after the other.
     """
     rule = coming_rule(snapshot)
     constant, maximize = threshold_constant(rule), rule.sign < 0
@@ -275,8 +303,14 @@ def _threshold(
 
     scale: Tensor | float
     shift: Tensor | float
+    is_shared = both is not None and _shares_products(snapshot, scales)
     if isinstance(scales, Tensor) or isinstance(decay, Tensor):
-        plain, steepest = find(hessian(snapshot, method=method), top, recent.tops), preconditioned(start)
+        if both is not None and is_shared:
+            operator = hessian(snapshot, method=method, weight=scales, both=True)
+            modes = [value * rule.lr for value in recent.modes]
+            plain, steepest = both(operator, scales, Earlier(top, recent.tops), Earlier(start, modes))
+        else:
+            plain, steepest = find(hessian(snapshot, method=method), top, recent.tops), preconditioned(start)
         if maximize or isinstance(added, Tensor):
             decayed = find(decayed_hessian(snapshot, method=method), plain.vector, ()).value
         else:
@@ -301,7 +335,8 @@ def _threshold(
         courant=courant,
         limit=decayed / courant,
         top=plain.vector,
-        products=steepest.products + (plain.products if plain is not steepest else 0),
+        carried_top=plain.carried,
+        products=steepest.products + (plain.products if plain is not steepest and not is_shared else 0),
         eigenvalue=(plain.value, _relative(plain.error, plain.value)) if plain is steepest else None,
         recent=recent.with_values(plain.early, steepest.early / (rule.lr if scale == 1.0 and rule.lr else 1.0)),
         **_mode(snapshot, rule, steepest, root, value),

@@ -28,6 +28,7 @@ class Top:
         beyond: the largest eigenvalue is at most this much above the quotient of the vector.
         products: how many were taken.
         early: the value after the first of them, to be compared with that of other steps.
+        carried: what the next step starts from.
         pair: the same with its residual and an upper bound, where Lanczos was run until that was near.
     """
 
@@ -38,6 +39,7 @@ class Top:
     beyond: Tensor
     products: int
     early: Tensor
+    carried: Tensor
     pair: Eigenpair | None = None
 
 
@@ -114,7 +116,8 @@ def bounded_top(
     accuracy = accuracy_of(snapshot, operator.dtype, products.taken > before) * ritz.values.abs().amax()
     upper = torch.maximum(spectrum_bounds(ritz, failure=FAILURE, share=share)[1], pair.value) + accuracy
     missed = upper - pair.value
-    return Top(pair.value, pair.vector, missed, accuracy, missed, pair.products, pair.value, replace(pair, upper=upper))
+    value, vector, bounded = pair.value, pair.vector, replace(pair, upper=upper)
+    return Top(value, vector, missed, accuracy, missed, pair.products, value, vector, bounded)
 
 
 def gradient_behind(snapshot: Snapshot, root: Tensor | float) -> Tensor | None:

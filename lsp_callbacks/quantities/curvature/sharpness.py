@@ -21,6 +21,7 @@ from lsp_callbacks.operators.curvature.stability_threshold import (
     followed_mode,
     followed_threshold,
     has_own_run,
+    may_share_products,
     stability_threshold,
     threshold_constant,
 )
@@ -96,6 +97,9 @@ def alignment_cost(snapshot: Snapshot, method: Method, *, warm: bool = True, bou
     parts = mode_cost(snapshot, method, warm=warm, bounded=bounded)
     if not has_own_run(snapshot):
         return parts
+    if not bounded and may_share_products(snapshot):
+        shared = followed_cost(snapshot, method, products_taken(_size(snapshot), warm, metrics=2))
+        return parts | {"sharpness": shared - parts["edge"]}
     runs = 2 + (maximize or isinstance(coupled_decay(snapshot), Tensor))
     return parts | {"sharpness": _top_cost(snapshot, method, warm, bounded, runs) - parts["edge"]}
 
@@ -161,8 +165,9 @@ class Sharpness(Quantity):
 
     Cost: two products, shared with the exponent, a third or a fourth where the error bar is wide, three at the first
     reading. A product is one gradient, on a small network with nearly as much again for its vectors, and at kinks one
-    forward pass more, see `lsp_callbacks.operators.hessian`. With rates that differ, as with every preconditioner, H
-    has products of its own: twice as many.
+    forward pass more, see `lsp_callbacks.operators.hessian`. With rates that differ, as with every preconditioner, it
+    is one product more, which tell of both operators; with coupled weight decay or ``maximize`` H has products of its
+    own: twice as many.
 
     Source: Cohen et al. 2021, 2022; docs/theory.md, section Edges of stability.
 
@@ -277,7 +282,7 @@ class Sharpness(Quantity):
             result = measured_threshold(snapshot, start, top, self.method, recent, bounded=self.bounded)
             self._recent[name] = result.recent
             numbers = (result.sharpness, result.limit, result.courant, result.error, result.courant_error)
-            self._starts[name], turn = (result.mode, result.top), {**turn, name: tuple(map(float, numbers))}
+            self._starts[name], turn = (result.carried, result.carried_top), {**turn, name: tuple(map(float, numbers))}
         self._turn, self._first = turn, first
         if turn.keys() != set(names):
             return
@@ -305,7 +310,7 @@ class Sharpness(Quantity):
             found = bounded_top(H, snapshot, top, steps=steps, tol=_TOLERANCE)
         else:
             found = followed_top(H, snapshot, top, recent.tops)
-        self._starts[""] = (found.vector, found.vector)
+        self._starts[""] = (found.carried, found.carried)
         self._recent[""] = recent.with_values(found.early, found.early)
         error = found.error / found.value.abs().clamp_min(torch.finfo(torch.float64).tiny)
         self.finish({"sharpness": found.value, "sharpness_residual": error})
