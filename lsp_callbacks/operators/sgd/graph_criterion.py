@@ -24,9 +24,8 @@ from lsp_callbacks.autograd.loss_terms import (
     read_terms,
 )
 from lsp_callbacks.functional.sgd.low_rank_noise import Array
-from lsp_callbacks.operators.sgd.log_sum_pairs import log_sum_pairs
+from lsp_callbacks.operators.sgd.output_rows import OutputMetric, softmax_rows
 from lsp_callbacks.operators.sgd.parameter_gram import wide
-from lsp_callbacks.operators.sgd.softmax_pairs import SQUARED, pairs_of_few, softmax_pairs
 
 #: How many samples the others are compared with: where nine of ten are the same, one of three is among them.
 FEW, MOST = 3, 0.9
@@ -74,7 +73,7 @@ class GraphCriterion:
         is_softmax: whether p is the exponential of the outputs; otherwise the Hessian is w.
         shape: of the outputs as the criterion takes them.
         axis: of the classes in that.
-        squares: q, ``(N, T)``, where the Hessian is ``w (diag(p) - p p^T) + q p p^T``, see `log_sum_pairs`; None is 0.
+        squares: q, ``(N, T)``, where the Hessian is ``w (diag(p) - p p^T) + q p p^T``, see `softmax_rows`; None is 0.
         chunks: of outputs that come from several calls of the last layer.
     """
 
@@ -111,23 +110,16 @@ class GraphCriterion:
         squares = wide(self._at(self.squares, positions)).cpu().numpy()
         return OutputsAt(p, weights, (sizes + squares * (p * p).sum(-1)).sum(1), alike, squares)
 
-    def pairs(self, outputs: OutputsAt, taken: Array, stands: Array) -> Tensor:
-        """Return ``sqrt(s) u`` of the top eigenpair of the Hessian of some samples, ``(n, k, C)``, times a factor."""
-        here, factor = self.outputs, stands[:, None, None]
+    def rows(self, outputs: OutputsAt, taken: Array, stands: Array, metric: OutputMetric) -> Tensor:
+        """Return `softmax_rows` of some samples, or the root of w, ``(n, k, C)``, times a factor."""
+        weights = outputs.weights[taken]
         if outputs.p is None:
-            pairs = outputs.weights[taken][..., None] ** 0.5
-        elif outputs.squares is not None:
-            p, w, q = (
-                torch.from_numpy(t[taken]).to(here.device) for t in (outputs.p, outputs.weights, outputs.squares)
-            )
-            return log_sum_pairs(p, w, q) * torch.from_numpy(factor).to(p)
-        elif outputs.p.shape[-1] <= SQUARED:
-            pairs = pairs_of_few(outputs.p[taken], outputs.weights[taken])
+            rows = weights[..., None] ** 0.5
         else:
-            p, weights = (torch.from_numpy(t[taken]).to(here.device) for t in (outputs.p, outputs.weights))
-            return softmax_pairs(p, weights) * torch.from_numpy(factor).to(p)
-        scaled = torch.from_numpy(pairs * factor.astype(pairs.dtype))
-        return scaled if here.is_cpu else scaled.to(here.device)
+            squares = None if outputs.squares is None else outputs.squares[taken]
+            rows = softmax_rows(outputs.p[taken], weights, metric, squares)
+        scaled = torch.from_numpy(rows * stands[:, None, None].astype(rows.dtype))
+        return scaled if self.outputs.is_cpu else scaled.to(self.outputs.device)
 
     @staticmethod
     def _at(t: Tensor, positions: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lsp_callbacks.operators.sgd.gram_matrix import HELD, TangentKernel
 from lsp_callbacks.operators.sgd.graph_criterion import GraphCriterion, read_criterion
 from lsp_callbacks.operators.sgd.graph_pass import GraphKind, GraphPass
 from lsp_callbacks.operators.sgd.graph_sites import Samples
+from lsp_callbacks.operators.sgd.output_rows import OutputMetric, last_layer
 from lsp_callbacks.operators.sgd.parameter_gram import ParameterGram, Part, Squares, Traces, wide
 from lsp_callbacks.operators.sgd.recent_rows import RecentRows, RowSketch
 from lsp_callbacks.operators.sgd.statistics_factors import StatisticsFactors, random_signs
@@ -211,7 +212,8 @@ class GraphRows(GraphReader):
         taken, chance = sampled_rows(sizes, most, random_fraction(self._generator.initial_seed() + len(self.chosen)))
         places = taken.numpy()
         factor = ((stands if isinstance(stands, float) else stands.numpy()[places]) / chance.numpy()) ** 0.5
-        pairs = criterion.pairs(outputs, places, factor)
+        head = None if outputs.p is None else last_layer(self.parameters, outputs.p.shape[-1])
+        pairs = criterion.rows(outputs, places, factor, OutputMetric(head, criterion.outputs.shape[-1]))
         return Chosen(positions, taken, chance, counted), pairs
 
     def release(self) -> None:

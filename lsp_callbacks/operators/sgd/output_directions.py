@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import norm, unit
+from lsp_callbacks.functional.sgd.low_rank_noise import Array
+from lsp_callbacks.linalg import unit
 from lsp_callbacks.operators.sgd.chosen_positions import Chosen, joined_counts, positions_of, stands_for
 from lsp_callbacks.operators.sgd.held_statistics import held_statistics
 from lsp_callbacks.operators.sgd.output_hessian import (
@@ -20,15 +21,13 @@ from lsp_callbacks.operators.sgd.output_hessian import (
     output_curvature,
     root,
 )
+from lsp_callbacks.operators.sgd.output_rows import OutputMetric, last_layer, rows_of_outputs, softmax_rows
+from lsp_callbacks.operators.sgd.parameter_gram import wide
 from lsp_callbacks.operators.sgd.per_sample_gradients import Recorder, RowSeed
 from lsp_callbacks.operators.sgd.sharpest_mode import sharpest_mode
-from lsp_callbacks.operators.sgd.softmax_pairs import softmax_pairs
 from lsp_callbacks.operators.sgd.step_samples import random_fraction, sampled_rows
 from lsp_callbacks.step.criterion import Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
-
-#: Products that find the top eigenvector of each sample's output Hessian.
-POWER = 20
 
 
 class OutputDirections:
@@ -197,17 +196,24 @@ class OutputDirections:
         return pairs if index not in self.taken else [weighted(pair, *self.taken[index]) for pair in pairs]
 
     def _top(self, curvature: OutputCurvature, here: Tensor, index: int, chosen: Tensor) -> Tensor:
-        """Return ``sqrt(s) u`` of the top eigenpair at each position."""
-        pairs = top_pairs(curvature, here)
-        if pairs is not None:
-            return pairs
-        # Any direction is an eigenvector: take the one in which the sharpest mode moves this sample.
-        if self._moves is None:
-            self._moves, self.mode = sharpest_mode(self.probes, self.scale, self.mode, self.generator)
-        self.description = self.description.replace("top", "sharpest mode", 1)
-        pairs = top_pairs(curvature, here, at(self._moves[index], chosen))
-        assert pairs is not None
-        return pairs
+        """Return the one row of each position, see `rows_of_outputs`."""
+        if curvature.is_multiple:
+            # Any direction is an eigenvector: take the one in which the sharpest mode moves this sample.
+            if self._moves is None:
+                self._moves, self.mode = sharpest_mode(self.probes, self.scale, self.mode, self.generator)
+            self.description = self.description.replace("top", "sharpest mode", 1)
+            assert curvature.weights is not None
+            along = unit(at(self._moves[index], chosen))
+            return along * root(curvature.weights, curvature.weights).to(here)[..., None]
+        metric = OutputMetric(last_layer(self.parameters, here.shape[-1]), here.shape[-1])
+        if curvature.p is not None and curvature.weights is not None:
+            p, weights = (wide(t).cpu().numpy() for t in (curvature.p, curvature.weights))
+            return torch.from_numpy(softmax_rows(p, weights, metric)).to(here)
+
+        def product(v: Array) -> Array:
+            return wide(curvature.product(torch.from_numpy(v).to(here))).cpu().numpy()
+
+        return torch.from_numpy(rows_of_outputs(product, tuple(here.shape), metric)).to(here)
 
 
 def weighted(pairs: Tensor, taken: Tensor, chance: Tensor) -> Tensor:
@@ -215,56 +221,6 @@ def weighted(pairs: Tensor, taken: Tensor, chance: Tensor) -> Tensor:
     factor = torch.zeros(len(pairs), dtype=pairs.dtype)
     factor[taken] = (1 / chance).sqrt().to(factor)
     return pairs * factor.to(pairs)[:, None, None]
-
-
-def top_pairs(curvature: OutputCurvature, here: Tensor, start: Tensor | None = None) -> Tensor | None:
-    """Return ``sqrt(s) u`` of the top eigenpair at each position, by power iteration.
-
-    Args:
-        curvature: at some positions.
-        here: the outputs there, ``(N, k, C)``.
-        start: of the iteration; by default one for all.
-
-    Returns:
-        None where any direction is an eigenvector, and no start was given.
-    """
-    if curvature.p is not None and curvature.weights is not None:
-        return softmax_pairs(curvature.p, curvature.weights).to(here)
-    product, matrices = curvature.product, None
-    if here.shape[-1] <= POWER:  # the matrix itself costs less than its power
-        matrices = curvature.matrices(here.shape).to(here)
-        product = lambda v: (matrices @ v[..., None])[..., 0]  # noqa: E731
-    if start is None:
-        # One start for all: where the eigenvalue is nearly degenerate, samples keep what they have in common.
-        start = torch.randn(here.shape[-1], generator=torch.Generator().manual_seed(0)).to(here).expand_as(here)
-        image = product(unit(start))
-        if curvature.is_multiple or _is_eigenvector(unit(start), image):
-            return None
-    else:
-        image = product(unit(start))
-    if matrices is not None:
-        start, image = _squared(matrices, image)
-    else:
-        for _ in range(POWER):
-            start, image = image, product(unit(image))
-    u = unit(start)
-    return u * root((image * u).sum(-1, keepdim=True), image)
-
-
-def _squared(matrices: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``A^32 v`` of each matrix A, and A times the unit vector in its direction."""
-    power = matrices
-    for _ in range(5):
-        size = power.abs().amax((-1, -2), keepdim=True)
-        power = power / torch.where(size > 0, size, 1.0)
-        power = power @ power
-    vector = (power @ start[..., None])[..., 0]
-    return vector, (matrices @ unit(vector)[..., None])[..., 0]
-
-
-def _is_eigenvector(v: Tensor, image: Tensor) -> bool:
-    value = (image * v).sum(-1, keepdim=True)
-    return bool((norm(image - value * v, -1) <= 1e-4 * norm(image, -1)).all())
 
 
 @contextlib.contextmanager

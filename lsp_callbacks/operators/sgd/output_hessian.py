@@ -12,7 +12,7 @@ from lsp_callbacks.autograd.double_backward import once_differentiable
 from lsp_callbacks.autograd.graph import read
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.curvature.second_derivative_check import criterion_agrees
-from lsp_callbacks.operators.sgd.softmax_pairs import require_convex
+from lsp_callbacks.operators.sgd.output_rows import require_convex
 from lsp_callbacks.step.criterion import Evaluation
 
 Product = Callable[[Tensor], Tensor]
