@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from output_row import output_row
 from torch import nn
 
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
@@ -43,13 +44,14 @@ def loss_of(f, y):
 
 
 def dense_trace(net, x, y):
-    """Trace of the Gram matrix of all tokens by brute force: the top eigenpair of each output Hessian."""
+    """Trace of the Gram matrix of all tokens by brute force: a row for each output Hessian."""
     outputs, total = net(x).flatten(0, -2), 0.0
     for f in outputs:
         p = f.detach().softmax(0)
-        values, vectors = torch.linalg.eigh(torch.diag(p) - p[:, None] * p)
-        z = torch.autograd.grad(f @ vectors[:, -1], [*net.parameters()], retain_graph=True, materialize_grads=True)
-        total += float(values[-1]) * sum(float(g.square().sum()) for g in z) / (y.numel() / N)
+        parameters = [*net.parameters()]
+        u = output_row(torch.diag(p) - p[:, None] * p, parameters)
+        z = torch.autograd.grad(f @ u, parameters, retain_graph=True, materialize_grads=True)
+        total += sum(float(g.square().sum()) for g in z) / (y.numel() / N)
     return total
 
 

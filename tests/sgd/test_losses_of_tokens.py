@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Model, fit
+from output_row import output_row
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -100,15 +101,14 @@ def batches():
 
 
 def dense_rows(model, batch):
-    """The gradient of each token along the top eigenvector of its own Hessian in the outputs."""
+    """The gradient of each token along the row of its own Hessian in the outputs."""
     outputs = model.logits(batch)
     f = outputs.detach().requires_grad_()
     (slope,) = torch.autograd.grad(N * model.criterion(f, batch), f, create_graph=True)
     rows = []
     for i, t in [(i, t) for i in range(N) for t in range(T)]:
         S = torch.stack([torch.autograd.grad(g, f, retain_graph=True)[0][i, t] for g in slope[i, t]])
-        values, vectors = torch.linalg.eigh(S.double())
-        u = vectors[:, -1].float() * values[-1].clamp_min(0).sqrt()
+        u = output_row(S, [*model.parameters()]).float()
         z = torch.autograd.grad(outputs[i, t] @ u, [*model.parameters()], retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([g.flatten() for g in z]).double())
     return torch.stack(rows)

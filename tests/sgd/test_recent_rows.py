@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from output_row import output_row
 from torch import nn
 from torch.nn import functional as F
 
@@ -64,8 +65,8 @@ def _dense(net, x, positions, scale):
     outputs, rows = net(x), []
     for i, k in [(sample, int(place)) for sample in range(len(x)) for place in positions[sample]]:
         p = outputs[i, k].detach().softmax(-1)
-        value, vector = torch.linalg.eigh(torch.diag(p) - p[:, None] * p)
-        grads = torch.autograd.grad(outputs[i, k], parameters, vector[:, -1] * value[-1].sqrt(), retain_graph=True)
+        row = output_row(torch.diag(p) - p[:, None] * p, parameters)
+        grads = torch.autograd.grad(outputs[i, k], parameters, row, retain_graph=True)
         rows.append(torch.cat([g.flatten() * root for g, root in zip(grads, roots)]))
     z = torch.stack(rows) / positions.shape[1] ** 0.5  # the loss of a sample is the mean over its positions
     return z @ z.T

@@ -53,11 +53,12 @@ class OutputMetric:
         self.power = POWER if outputs <= FORMED else POWER_OF_MANY
         if outputs <= FORMED:
             self._formed = (head @ head.T).cpu().numpy() * self._share
+            self.start = np.linalg.eigh(self._formed)[1][:, -1]
+            self._formed[np.diag_indices(outputs)] += 1
+            return
         for _ in range(TOP):
             image = self._of_head(self.start)
             self.start = image / max(float(np.abs(image).max()), TINY)
-        if self._formed is not None:
-            self._formed[np.diag_indices(outputs)] += 1
 
     def _of_head(self, v: Array) -> Array:
         if self._formed is not None:
