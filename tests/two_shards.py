@@ -403,6 +403,9 @@ def modes(rank):
     names = [name for name in NAMES if name != "residual_cfl"]  # there is no block
     both("tensor parallel", wide_parallel, names, everything,
          data_parallel_size=1, tensor_parallel_size=WORLD)  # fmt: skip
+    found["tensor parallel without room"] = without_room(
+        wide_parallel, ["sharpness", "lyapunov"], everything, data_parallel_size=1, tensor_parallel_size=WORLD
+    )
     for name, sizes, loader in (("two by one", (WORLD, 1), {}), ("one by two", (1, WORLD), everything)):
         both(name, lambda: BothWays(net=wide()), names, loader, data_parallel_size=sizes[0],
              tensor_parallel_size=sizes[1])  # fmt: skip
