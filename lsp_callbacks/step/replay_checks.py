@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import norm
-from lsp_callbacks.step.flat import flatten, loss_and_gradient
+from lsp_callbacks.step.flat import loss_and_gradient
 
 if TYPE_CHECKING:
     from lsp_callbacks.step.snapshot import Snapshot
@@ -295,46 +296,65 @@ def verify_gradient(snapshot: Snapshot) -> None:
     Cost: one gradient.
     """
     if not snapshot.verified.gradient:
+        parameters = list(snapshot.parameters.values())
+        losses: list[Tensor] = []
         if snapshot.loss is None or snapshot.verified.loss:
-            _, gradient = replayed_gradient(snapshot)
             full = snapshot.graph.full
         else:
-            losses: list[Tensor] = []
             snapshot.verified.graph = _verify(snapshot, losses)
             full = snapshot.verified.graph.full
-            parameters = list(snapshot.parameters.values())
 
-            def rank_gradient() -> tuple[Tensor]:
-                return (flatten(torch.autograd.grad(losses.pop(), parameters, allow_unused=True), parameters),)
+        def rank_gradient() -> tuple[Tensor, ...]:
+            with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                loss = losses.pop() if losses else snapshot.replay()
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            return tuple(torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(gradients, parameters))
 
-            (gradient,) = _mean_gradient(snapshot, rank_gradient)
-        check_gradient(snapshot, gradient, tolerance=1e-2 if full else 0.1)
+        # Parameter by parameter: flat vectors would be as large as the weights, and there may be little room.
+        check_gradient(snapshot, _mean_gradient(snapshot, rank_gradient), tolerance=1e-2 if full else 0.1)
         snapshot.verified.gradient = True
 
 
-def check_gradient(snapshot: Snapshot, replayed: Tensor, *, tolerance: float = 1e-2) -> None:
+def check_gradient(snapshot: Snapshot, replayed: Tensor | Sequence[Tensor], *, tolerance: float = 1e-2) -> None:
     """Refuse a step whose gradient is not that of its replayed loss.
 
     Args:
         snapshot: the step; without a gradient of its own nothing is checked.
-        replayed: the flat gradient of the replayed loss.
+        replayed: the gradient of the replayed loss, flat or by parameter.
         tolerance: relative, in norm.
 
     Raises:
         Unmeasurable: if they differ, or the step's gradient is not finite or below the normal range.
     """
-    gradient = snapshot.flat_gradient
-    if gradient is None:
+    if snapshot.gradient is None:
         return
-    size = norm(gradient)
+    if isinstance(replayed, Tensor):
+        assert snapshot.flat_gradient is not None
+        gradient: Sequence[Tensor] = [snapshot.flat_gradient]
+        replayed = [replayed]
+    else:
+        parts = zip(snapshot.parameters, replayed, strict=True)
+        gradient = [_dense(snapshot.gradient[name], other) for name, other in parts]
+    size = _norm(gradient)
     if not bool(size.isfinite()):
         raise Unmeasurable(f"the gradient of step {snapshot.step} is not finite")
-    if 0 < float(size) < torch.finfo(gradient.dtype).tiny:  # numbers that have lost their digits
-        raise Unmeasurable(
-            f"the gradient of step {snapshot.step} is below the range of {gradient.dtype}: scale the loss"
-        )
-    if not bool(norm(gradient - replayed) <= tolerance * size):
-        raise Unmeasurable(_difference(gradient.double(), replayed.double(), snapshot.run.loss_name))
+    dtype = functools.reduce(torch.promote_types, (g.dtype for g in gradient))
+    if 0 < float(size) < torch.finfo(dtype).tiny:  # numbers that have lost their digits
+        raise Unmeasurable(f"the gradient of step {snapshot.step} is below the range of {dtype}: scale the loss")
+    if not bool(_norm(g - other for g, other in zip(gradient, replayed)) <= tolerance * size):
+        flat = [torch.cat([part.reshape(-1).double() for part in parts]) for parts in (gradient, replayed)]
+        raise Unmeasurable(_difference(*flat, snapshot.run.loss_name))
+
+
+def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Return a step's gradient of one parameter; None stands for zeros, which take no memory."""
+    return like.new_zeros(()).expand_as(like) if gradient is None else gradient.detach().to_dense()
+
+
+def _norm(parts: Iterable[Tensor]) -> Tensor:
+    """Return the norm of all parts together."""
+    norms = [norm(part) for part in parts]
+    return norms[0] if len(norms) == 1 else norm(torch.stack(norms))
 
 
 def _difference(gradient: Tensor, replayed: Tensor, name: str | None) -> str:
