@@ -281,7 +281,7 @@ def replayed_gradient(snapshot: Snapshot) -> tuple[Tensor, Tensor]:
     return losses[0].detach(), gradient
 
 
-def _mean_gradient(snapshot: Snapshot, of_rank: Callable[[], tuple[Tensor]]) -> tuple[Tensor, ...]:
+def _mean_gradient(snapshot: Snapshot, of_rank: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Return the mean of the ranks' gradients; with shards each rank's part is of the mean already."""
     ranks = snapshot.run.ranks
     return (ranks.mean if snapshot.run.shards is None else ranks.each)(of_rank, "the gradient")
@@ -308,7 +308,7 @@ def verify_gradient(snapshot: Snapshot) -> None:
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 loss = losses.pop() if losses else snapshot.replay()
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            return tuple(torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(gradients, parameters))
+            return tuple(_dense(g, p) for g, p in zip(gradients, parameters))
 
         # Parameter by parameter: flat vectors would be as large as the weights, and there may be little room.
         check_gradient(snapshot, _mean_gradient(snapshot, rank_gradient), tolerance=1e-2 if full else 0.1)
@@ -342,8 +342,8 @@ def check_gradient(snapshot: Snapshot, replayed: Tensor | Sequence[Tensor], *, t
     if 0 < float(size) < torch.finfo(dtype).tiny:  # numbers that have lost their digits
         raise Unmeasurable(f"the gradient of step {snapshot.step} is below the range of {dtype}: scale the loss")
     if not bool(_norm(g - other for g, other in zip(gradient, replayed)) <= tolerance * size):
-        flat = [torch.cat([part.reshape(-1).double() for part in parts]) for parts in (gradient, replayed)]
-        raise Unmeasurable(_difference(*flat, snapshot.run.loss_name))
+        ours, theirs = (torch.cat([part.reshape(-1).double() for part in parts]) for parts in (gradient, replayed))
+        raise Unmeasurable(_difference(ours, theirs, snapshot.run.loss_name))
 
 
 def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
