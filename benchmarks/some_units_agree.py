@@ -63,7 +63,7 @@ def run(training: Training, seed: int, *, with_full: bool) -> tuple[dict[int, fl
     """Return the headline numbers and the full ones of one run, by step."""
     pl.seed_everything(seed, verbose=False)
     pace = {"mean_square_stability": EVERY} | ({"sgd_stability": EVERY} if with_full else {})
-    numbers = Numbers(StabilityMonitor([*pace], every_n_steps=pace))
+    numbers = Numbers(StabilityMonitor([*pace], every_n_steps=pace, max_memory="8GB"))
     trainer = pl.Trainer(
         max_steps=STEPS, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, callbacks=[numbers.monitor, numbers],

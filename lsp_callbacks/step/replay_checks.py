@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from lsp_callbacks.autograd._torch_internals import tree_map
 from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import norm
+from lsp_callbacks.step.compared_gradients import check_gradient, dense, factor
 from lsp_callbacks.step.flat import loss_and_gradient
 
 if TYPE_CHECKING:
@@ -254,7 +253,7 @@ def check_loss(snapshot: Snapshot, replayed: Tensor, *, tolerance: float = 0.0) 
         if (name := snapshot.run.loss_name) is not None:
             raise Unmeasurable(
                 f"the loss could not be replayed: at step {snapshot.step} {name} gives {again.item():.9g}, "
-                f"where the step itself differentiates {loss.item():.9g}{_factor(loss / again)}"
+                f"where the step itself differentiates {loss.item():.9g}{factor(loss / again)}"
             )
         raise Unmeasurable(
             f"the loss could not be replayed: step {snapshot.step} had {loss.item():.9g}, its replay "
@@ -308,74 +307,11 @@ def verify_gradient(snapshot: Snapshot) -> None:
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 loss = losses.pop() if losses else snapshot.replay()
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            return tuple(_dense(g, p) for g, p in zip(gradients, parameters))
+            return tuple(dense(g, p) for g, p in zip(gradients, parameters))
 
         # Parameter by parameter: flat vectors would be as large as the weights, and there may be little room.
         check_gradient(snapshot, _mean_gradient(snapshot, rank_gradient), tolerance=1e-2 if full else 0.1)
         snapshot.verified.gradient = True
-
-
-def check_gradient(snapshot: Snapshot, replayed: Tensor | Sequence[Tensor], *, tolerance: float = 1e-2) -> None:
-    """Refuse a step whose gradient is not that of its replayed loss.
-
-    Args:
-        snapshot: the step; without a gradient of its own nothing is checked.
-        replayed: the gradient of the replayed loss, flat or by parameter.
-        tolerance: relative, in norm.
-
-    Raises:
-        Unmeasurable: if they differ, or the step's gradient is not finite or below the normal range.
-    """
-    if snapshot.gradient is None:
-        return
-    if isinstance(replayed, Tensor):
-        assert snapshot.flat_gradient is not None
-        gradient: Sequence[Tensor] = [snapshot.flat_gradient]
-        replayed = [replayed]
-    else:
-        parts = zip(snapshot.parameters, replayed, strict=True)
-        gradient = [_dense(snapshot.gradient[name], other) for name, other in parts]
-    size = _norm(gradient)
-    if not bool(size.isfinite()):
-        raise Unmeasurable(f"the gradient of step {snapshot.step} is not finite")
-    dtype = functools.reduce(torch.promote_types, (g.dtype for g in gradient))
-    if 0 < float(size) < torch.finfo(dtype).tiny:  # numbers that have lost their digits
-        raise Unmeasurable(f"the gradient of step {snapshot.step} is below the range of {dtype}: scale the loss")
-    if not bool(_norm(g - other for g, other in zip(gradient, replayed)) <= tolerance * size):
-        ours, theirs = (torch.cat([part.reshape(-1).double() for part in parts]) for parts in (gradient, replayed))
-        raise Unmeasurable(_difference(ours, theirs, snapshot.run.loss_name))
-
-
-def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """Return a step's gradient of one parameter; None stands for zeros, which take no memory."""
-    return like.new_zeros(()).expand_as(like) if gradient is None else gradient.detach().to_dense()
-
-
-def _norm(parts: Iterable[Tensor]) -> Tensor:
-    """Return the norm of all parts together."""
-    norms = [norm(part) for part in parts]
-    return norms[0] if len(norms) == 1 else norm(torch.stack(norms))
-
-
-def _difference(gradient: Tensor, replayed: Tensor, name: str | None) -> str:
-    if name is None:
-        return "the step's gradient is not that of its loss: a hook changed it, or several backward passes were summed"
-    norms = torch.linalg.vector_norm(gradient), torch.linalg.vector_norm(replayed)
-    cosine = float((gradient @ replayed) / (norms[0] * norms[1]))
-    return (
-        f"the step's gradient is not that of its loss: its norm is {float(norms[0]):.4g}, that of the gradient of "
-        f"{name} {float(norms[1]):.4g}, their cosine {cosine:.4f}"
-        f"{_factor(norms[0] / norms[1]) if cosine > 0.9999 else ''}. {name} must return what the step "
-        "differentiates, the sum where there are several backward passes; or the gradient was changed after them"
-    )
-
-
-def _factor(ratio: Tensor) -> str:
-    """Return advice where a ratio is one over a whole number, otherwise nothing."""
-    whole = round(1 / float(ratio)) if 1e-4 < float(ratio) < 0.9 else 0
-    if whole < 2 or abs(whole * float(ratio) - 1) > 1e-3:
-        return ""
-    return f", {whole} times less: if the loss is divided by the number of batches in a step, pass accumulate={whole}"
 
 
 def without_step_values(snapshot: Snapshot) -> Snapshot:
