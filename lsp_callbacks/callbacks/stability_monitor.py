@@ -224,7 +224,7 @@ class StabilityMonitor(RunResults, Callback):
             if self._loss_feed.has_same_rates:
                 scheduled = self.forecast.scheduled_courant
         if not observer.is_idle:  # of the step before
-            observer.check_update()
+            observer.check_update(is_epoch_over=batch_idx == 0 and trainer.num_training_batches > 1)
         observer.begin_batch(batch, partial(self._loop.loss, batch_idx, None), first=first, scheduled=scheduled)
         self.stopwatch.spent += time.perf_counter() - began
 
