@@ -211,24 +211,25 @@ class Differences:
             self.seen, self.used = before  # too far for such a curvature, or too near for such a rounding
             near = difference if 2 * difference.distance < better else None
             difference = self._seen(v, size, better)
-        is_clear = self._clear(difference) or (near is not None and self._agree(near, difference))
+        is_clear = self._clear(difference) or self._agree(v, size, near, difference)
         if not is_clear and not self.referred:
             # Along most directions of a large network nothing changes: what counts is the largest curvature.
             self.referred, far = True, self.reach(self.centre) if self.gradient else None
             if far:
                 self._seen(self.centre, self.gradient, FIRST * far)
             is_clear = self._clear(difference)
-        if not is_clear and near is None:
-            is_clear = self._agree(self.difference(v, size, difference.distance / 4), difference)
         if not is_clear:
             raise Untrusted("the change of the gradient is no larger than its rounding")
         return difference
 
-    def _agree(self, near: Difference, far: Difference) -> bool:
-        """Return whether two differences along one vector show that rounding is less than its bound, and small.
+    def _agree(self, v: Tensor, size: float, near: Difference | None, far: Difference) -> bool:
+        """Return whether a nearer difference shows that rounding is less than its bound, and small.
 
-        Rounding would make them differ by what it is in the nearer one, a third derivative by what it is in the other.
+        Rounding makes the two differ by what it is in the nearer one, a third derivative by what it is in the other.
+        Cost: one gradient where there is no nearer one.
         """
+        if near is None:
+            near = self.difference(v, size, far.distance / 4)
         moved = near.change != 0
         touched, numbers = self._number((self.centre != 0) | moved), self._number(moved)
         uneven = self._amplified_where(moved) if self._uneven else self.amplified
