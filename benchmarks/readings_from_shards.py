@@ -41,6 +41,8 @@ from lsp_callbacks.step.pending_step import PendingStep
 WORLD, STEPS, WARM = 2, 10, 5
 WORDS, LENGTH, BATCH, WIDTH, LAYERS = 64, 32, 16, 64, 2
 NAMES = ("courant_step", "critical_sharpness", "spectral_norm", "mean_square_stability", "sharpness", "lyapunov")
+#: What is read in one step.
+TOGETHER = (*((name,) for name in NAMES), ("sharpness", "lyapunov"))
 GATHERS = ("_allgather_base_", "_reduce_scatter_base_", "allgather_")
 KINDS = (("embedding",), ("embedding_dense_backward",), GATHERS, ("allreduce_",))
 
@@ -116,9 +118,9 @@ def trained(steps: int, *callbacks: pl.Callback) -> None:
     trainer.fit(Language(), batches(steps))
 
 
-def counted(name: str | None) -> list[float]:
-    """Return what a step of a run with one quantity counts: passes, gradients, gathers, all-reduces."""
-    ours = [] if name is None else [StabilityMonitor([name], every_n_steps=1)]
+def counted(names: tuple[str, ...] = ()) -> list[float]:
+    """Return what a step of a run with some quantities counts: passes, gradients, gathers, all-reduces."""
+    ours = [StabilityMonitor(names, every_n_steps=1)] if names else []
     with Operations() as operations, mock.patch.object(PendingStep, "whole", side_effect=Unsupported("no room")):
         steps = Steps(operations)
         trained(STEPS, *ours, steps)
@@ -130,11 +132,12 @@ def counted(name: str | None) -> list[float]:
 
 def costs() -> None:
     """Print what a reading of each quantity takes beside the step."""
-    base = counted(None)
+    base = counted()
     say("| quantity | forward passes | gradients | gathers | all-reduces |\n|---|---|---|---|---|")
     say(f"| a step of training | {' | '.join(f'{x:.0f}' for x in base)} |")
-    for name in NAMES:
-        say(f"| `{name}` | {' | '.join(f'{x - y:.0f}' for x, y in zip(counted(name), base))} |")
+    for names in TOGETHER:
+        label, counts = " and ".join(f"`{name}`" for name in names), zip(counted(names), base)
+        say(f"| {label} | {' | '.join(f'{x - y:.0f}' for x, y in counts)} |")
 
 
 def defaults(steps: int) -> None:
