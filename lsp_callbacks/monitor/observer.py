@@ -246,6 +246,13 @@ class StepObserver:
             self._pending.settle(self.loop.module.parameters())
             self._has_moved = True
 
+    def lose_updates(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Measure no more what needs the optimizer's steps, which turned out not to be seen."""
+        try:
+            self._require(optimizer)
+        except Unmeasurable as error:  # of what the user has named, in the middle of training
+            self.monitor.errors.caught("the optimizer's steps are not seen", error)
+
     def skip_update(self) -> None:
         """Let go of a step that is not taken."""
         self._pending = None
@@ -319,13 +326,14 @@ class StepObserver:
         pending, room = self._pending, self.monitor.budget.room
         clipping = self._clipping = self._tried_clipping(pending, optimizer) if tries_clipping else loop.clipping
         (scale, gradient_scale), (loss, context) = loop.scales(optimizer), loop.evaluated()
-        is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._has_moved)
+        own_loss = self.step_loss.differentiated if loop.shows_losses and not self.step_loss.is_ambiguous else None
 
         def seen(pending: PendingStep, optimizer: torch.optim.Optimizer) -> Snapshot:
             return pending.snapshot(
                 self.step, optimizer, gradient_scale=gradient_scale, clipping=clipping, scale=scale, room=room,
                 previous=self.previous,
-                loss=self.step_loss.differentiated if is_shown else None,
+                loss=None if self._has_moved else own_loss,
+                own_loss=own_loss,
                 probes=self.probes.probe_set(pending, loss, context=context) if self.probes.wanted else None,
                 samples_of_step=partial(self.probes.samples_of_step, pending, loss, context=context),
                 other_loss=lambda source: pending.other_loss(source, loop.on_device),
