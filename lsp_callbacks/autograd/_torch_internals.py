@@ -350,14 +350,19 @@ def forget_step_hooks(optimizer: torch.optim.Optimizer) -> None:
         getattr(optimizer, hooks, {}).clear()
 
 
+def first_after_step(optimizer: torch.optim.Optimizer, hook: Callable[..., Any]) -> Any:
+    """Register a hook that runs after each step of an optimizer, before all others; return its handle."""
+    handle = optimizer.register_step_post_hook(hook)
+    hooks: Any = optimizer._optimizer_step_post_hooks
+    hooks.move_to_end(handle.id, last=False)
+    return handle
+
+
 def copied_optimizer(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
     """Return a deep copy of an optimizer with all of its attributes, of which pickling keeps some only.
 
-    Its hooks are gone, and what a scheduler puts on ``step``: both may be bound to the original.
-
-    Args:
-        optimizer: any.
-        memo: of ``copy.deepcopy``; with that of the module's copy the twin holds the parameters of that copy.
+    Its hooks are gone, and what a scheduler puts on ``step``: both may be bound to the original. With the ``memo`` of
+    the module's copy it holds the parameters of that copy.
     """
     bound = {"step", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
     attributes = {name: value for name, value in vars(optimizer).items() if name not in bound}

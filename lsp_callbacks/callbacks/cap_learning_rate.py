@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -13,42 +12,16 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.hidden_hooks import BATCH_HOOKS, hide_hooks, show_hooks
-from lsp_callbacks.callbacks.lr_forecast import critical_rate
-from lsp_callbacks.callbacks.publisher import log
-from lsp_callbacks.callbacks.rate_cap import RateCap
-from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
+from lsp_callbacks.callbacks.publisher import show
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor, monitor_among, monitor_beside
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.capped_updates import CappedUpdates, rates_of, relative_rates
 from lsp_callbacks.monitor.courant_source import COURANT, PREFERENCE
+from lsp_callbacks.monitor.critical_rate import critical_rate
 from lsp_callbacks.monitor.history import Observation
-from lsp_callbacks.monitor.losses import FALLEN, SMOOTHING, ArrivedLoss
+from lsp_callbacks.monitor.losses import ArrivedLoss
 from lsp_callbacks.monitor.preview import preview
 from lsp_callbacks.operators.trajectory.update_rules import rule_with_edge
-
-CAP, SCHEDULED, APPLIED = (f"stability/lr_{which}" for which in ("cap", "scheduled", "applied"))
-#: Steps whose rates are kept, for readings that are complete some steps later.
-KEPT = 64
-
-
-class CappedStep(NamedTuple):
-    """Rates of one of the last updates.
-
-    Attributes:
-        step: its number.
-        rates: of the groups, by the schedule.
-        relative: the same, relative to the highest.
-        factor: by which all were multiplied.
-    """
-
-    step: int
-    rates: list[float]
-    relative: list[float]
-    factor: float
-
-    @property
-    def used(self) -> list[float]:
-        """The rates that the update has used."""
-        return [rate * self.factor for rate in self.rates]
 
 
 class CapLearningRate(Callback):
@@ -106,16 +79,16 @@ class CapLearningRate(Callback):
             raise ValueError(f"safety={safety!r}: give a finite share of the critical rate, such as 0.9")
         whole("max_age", max_age, 1, instead=" steps")
         self.safety, self.max_age, self.verbose = safety, max_age, verbose
-        self._cap, self._lowered = RateCap(safety, max_age), RatesOfUpdate()
+        self._updates = CappedUpdates(safety, max_age)
+        self._cap = self._updates.cap
         self._reset()
 
     def _reset(self) -> None:
-        self._cap.reset()
+        self._updates.reset()
         self.first_step: int | None = None
         self.capped = 0
         self._since = 0  # capped updates since the last one that was logged
         self._received: list[Observation] = []
-        self._steps: deque[CappedStep] = deque(maxlen=KEPT)
         self._is_checked = self._is_warned = False
 
     # -- before training -----------------------------------------------------------------------------------------------
@@ -183,14 +156,14 @@ class CapLearningRate(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         show_hooks(self)
-        self._lowered.close()
+        self._updates.lowered.close()
         source = monitor_among(trainer.callbacks)
         if source is not None and source.cap is self:
             source.cap = None
             source.monitor.cadence.want(math.inf)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._lowered.close()
+        self._updates.lowered.close()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -210,26 +183,21 @@ class CapLearningRate(Callback):
         cap, step = self._cap, self._source.observer.step
         if not cap.limits and self._source.observer.is_idle and self._source.forecast.scale == 1:
             return None
-        scale, scheduled = self._source.forecast.scale, _rates(optimizer)
-        rates = [scale * rate for rate in scheduled]
-        factor, was_on = self._factor(rates), cap.is_on
-        cap.is_on = factor < 1
-        cap.note(step, [rate * factor for rate in rates])
-        self._steps.append(CappedStep(step, rates, _relative(optimizer, rates), factor))
-        if factor * scale != 1:
-            self._lowered.multiply(optimizer, factor * scale)
+        scale, was_on = self._source.forecast.scale, cap.is_on
+        scheduled = max(rates_of(optimizer))
+        at = self._updates.lower(optimizer, step, self.factor(optimizer), scale)
         if cap.is_on:
             self.capped += 1
             self._since = self._since + 1 if was_on else 0
             if self.first_step is None:
                 self.first_step = step
                 self._say(
-                    f"the scheduled learning rate {max(rates):.4g} is capped at {max(rates) * factor:.4g} from step "
+                    f"the scheduled learning rate {max(at.rates):.4g} is capped at {max(at.used):.4g} from step "
                     f"{step} on: {self.safety:g} times the critical one, measured at step {cap.step}"
                 )
         if cap.is_on != was_on or (cap.is_on and not self._since % max(1, trainer.log_every_n_steps)):
-            self._show(trainer, self.rates_of(step))
-        return max(scheduled)
+            show(trainer, self.rates_of(step))
+        return scheduled
 
     def foresee(self, optimizer: torch.optim.Optimizer) -> None:
         """Take in what the headline number of the first measured step will be, before its update."""
@@ -239,17 +207,17 @@ class CapLearningRate(Callback):
         loop = observer.loop
         values = preview(self._source.monitor, loop.module, lambda: observer.snapshot(optimizer))
         key = next((key for key in PREFERENCE if key in values), "")
-        rates = _rates(optimizer)
+        rates = rates_of(optimizer)
         critical = critical_rate(values, used=max(rates), key=key)
         if not math.isnan(critical):
-            self._cap.add(observer.step, critical=critical, relative=_relative(optimizer, rates))
+            self._cap.add(observer.step, critical=critical, relative=relative_rates(optimizer, rates))
 
     def factor(self, optimizer: torch.optim.Optimizer) -> float:
         """Return by what the rates of the next update will be multiplied."""
         if not self._cap.limits:
             return 1.0
         scale = self._source.forecast.scale
-        return self._factor([scale * rate for rate in _rates(optimizer)])
+        return self._factor([scale * rate for rate in rates_of(optimizer)])
 
     def _factor(self, rates: Sequence[float]) -> float:
         source, cap = self._source, self._cap
@@ -268,18 +236,7 @@ class CapLearningRate(Callback):
 
     def rates_of(self, step: int) -> dict[str, float]:
         """Return the scheduled and the applied rate of one of the last steps, and the cap, by their keys."""
-        if (at := self._step_at(step)) is None:
-            return {}
-        largest = self._cap.largest(at.rates)
-        shown = {CAP: largest} if math.isfinite(largest) else {}
-        return shown | {SCHEDULED: max(at.rates), APPLIED: max(at.used)}
-
-    def _step_at(self, step: int) -> CappedStep | None:
-        return next((each for each in self._steps if each.step == step), None)
-
-    def _show(self, trainer: Any, values: Mapping[str, float]) -> None:
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        log(trainer, values)
+        return self._updates.shown(step)
 
     # -- readings ------------------------------------------------------------------------------------------------------
 
@@ -295,28 +252,9 @@ class CapLearningRate(Callback):
             loss = next((each.loss for each in arrived if each.step == observation.step), None)
             if loss is None:
                 loss = losses.last if losses.count else 0.0
-            at = self._step_at(observation.step)
-            critical = math.nan if at is None else self._critical(observation, at)
-            if at is None or math.isnan(critical):
-                continue
-            is_broken = not math.isfinite(loss) or losses.exploded(loss)
-            is_broken |= observation.values.get("stability/collapsed", 0.0) > 0
-            has_fallen = losses.count >= SMOOTHING and losses.smoothed <= FALLEN * losses.start
-            self._cap.add(
-                at.step, critical=critical, relative=at.relative, used=at.used, only_lower=is_broken,
-                is_falling=has_fallen and losses.is_calm, has_risen=losses.risen or is_broken,
-            )  # fmt: skip
-        if received and self._steps:
-            self._source.monitor.cadence.want(self._cap.next_reading(self._steps[-1].rates))
-
-    def _critical(self, observation: Observation, at: CappedStep) -> float:
-        """Return the critical rate by the headline number of an observation; NaN if it has none."""
-        values, key = observation.values, self._source.monitor.courant.key or ""
-        courant = values.get(COURANT, math.nan)
-        # A headline number may be that of an earlier step, at which it was not known that it would be this one.
-        if math.isnan(courant) or values.get(key) != courant:
-            return math.nan
-        return critical_rate(values, used=max(at.used), key=key)
+            self._updates.take(self._source.monitor, observation, loss)
+        if received:
+            self._updates.want_reading(self._source.monitor)
 
     # -- afterwards ----------------------------------------------------------------------------------------------------
 
@@ -335,15 +273,3 @@ class CapLearningRate(Callback):
         self._reset()
         self._cap.load_state_dict(state_dict["cap"])
         self.first_step, self.capped = state_dict["first_step"], state_dict["capped"]
-
-
-def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    return [float(group["lr"]) for group in optimizer.param_groups]
-
-
-def _relative(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> list[float]:
-    """Return the rates of the groups, relative to the largest; by ``initial_lr`` where a warm-up begins at 0."""
-    if not any(rates):
-        rates = [float(group.get("initial_lr", 1.0)) for group in optimizer.param_groups]
-    largest = max(rates) or 1.0
-    return [rate / largest for rate in rates]

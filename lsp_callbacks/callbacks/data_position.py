@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lsp_callbacks.autograd._torch_internals import tree_leaves
 from lsp_callbacks.callbacks._lightning_internals import skip_batches
+from lsp_callbacks.callbacks.stable_states import RollBack
 
 
 class DataPosition:
@@ -36,10 +37,14 @@ class DataPosition:
         """Return the index of the next batch in the order of the epoch, at the end of a batch."""
         return trainer.fit_loop.batch_idx + 1 + self.left_out
 
-    def leave_out(self, trainer: Any, count: int) -> None:
-        """Leave out the next batches."""
-        skip_batches(trainer, count)
-        self.left_out += count
+    def leave_out(self, trainer: Any, roll_backs: Sequence[RollBack], index: int) -> None:
+        """Leave out the batches from an index of the epoch on, if training became unstable at them."""
+        for roll_back in roll_backs:
+            epoch, first, last = roll_back.skipped or (-1, 0, 0)
+            if trainer.current_epoch == epoch and first <= index < last:
+                skip_batches(trainer, last - index)
+                self.left_out += last - index
+                index = last
 
     def begin_fit(self) -> None:
         """Note, before the loaders are made, what the order of the first epoch will follow from."""

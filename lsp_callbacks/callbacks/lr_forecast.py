@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lsp_callbacks.monitor.courant_source import COURANT, MEAN_SQUARE, PREFERENCE, SGD
+from lsp_callbacks.monitor.courant_source import SGD
+from lsp_callbacks.monitor.critical_rate import CRITICAL, critical_rate
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.monitor import Monitor
 from lsp_callbacks.step.flat import largest_learning_rate
@@ -19,25 +20,6 @@ HORIZON = 1000
 MANY = 2**62
 #: Readings in a mean, as everywhere.
 RECENT = 3
-#: Where a headline number has its critical rate beside it.
-CRITICAL = {MEAN_SQUARE: "stability/mean_square_lr", SGD: "stability/critical_lr"}
-
-
-def critical_rate(values: Mapping[str, float], *, used: float, key: str | None = None) -> float:
-    """Return the largest stable learning rate by an observation; NaN if there is none, infinite if none is unstable.
-
-    Args:
-        values: of the observation, by key.
-        used: the rate at which it was made; the largest of all groups.
-        key: of the Courant number that counts; None takes the headline number, whichever that is.
-    """
-    if key is None:
-        key = next((key for key in PREFERENCE if key in values and values[key] == values.get(COURANT)), COURANT)
-    courant = values.get(key, math.nan)
-    if courant == 0 and used > 0:
-        return math.inf
-    critical = values.get(CRITICAL.get(key, ""), used / courant if courant > 0 else math.nan)
-    return critical if critical > 0 else math.nan
 
 
 class CriticalRate:

@@ -104,6 +104,12 @@ def log(trainer: Any, values: Mapping[str, float]) -> None:
         logger.log_metrics(dict(values), step=logged_row(trainer))
 
 
+def show(trainer: Any, values: Mapping[str, float]) -> None:
+    """Log values that no reading brings, for the progress bar and other callbacks, too."""
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+    log(trainer, values)
+
+
 def thinned(values: Mapping[str, float], layers: str | int) -> dict[str, float]:
     """Return all global values, and those of single layers that are asked for, see `Publisher`."""
     if layers == "all":

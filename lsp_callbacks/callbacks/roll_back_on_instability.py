@@ -15,19 +15,19 @@ from lsp_callbacks._validation import number, whole
 from lsp_callbacks.callbacks._lightning_internals import is_launched_elsewhere
 from lsp_callbacks.callbacks.data_position import DataPosition
 from lsp_callbacks.callbacks.hidden_hooks import hide_hooks, show_hooks
-from lsp_callbacks.callbacks.publisher import log
-from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
+from lsp_callbacks.callbacks.publisher import show
 from lsp_callbacks.callbacks.stable_states import (
     RollBack,
     StableState,
     StableStates,
-    read_record,
+    missing_from,
     roll_backs_of,
     write_record,
 )
 from lsp_callbacks.callbacks.stop_on_instability import SCHEDULED, StopOnInstability
 from lsp_callbacks.monitor.history import Observation
 from lsp_callbacks.monitor.losses import ArrivedLoss
+from lsp_callbacks.monitor.rates_of_update import RatesOfUpdate
 from lsp_callbacks.step.flat import largest_learning_rate
 
 #: Steps before the last one at which the loss was level, from which on batches are left out.
@@ -55,15 +55,16 @@ class RollBackOnInstability(StopOnInstability):
 
     A state is written at the end of a step with a stable reading and a calm loss, once in ``every_n_steps`` steps, and
     before that whenever the run has become twice as long; the next stable reading confirms it, and it is the one to
-    return to. Before the first one, that is the beginning of the run. The folder holds two states at most, and those to
-    which training has returned.
+    return to. Before the first one, that is the beginning of the run.
 
     The rates of all updates are multiplied by one factor, in the update alone: schedulers and checkpoints know only the
     user's own rate. At each return it becomes at least ``factor`` times smaller, and so small that the rate at which
-    training was found unstable is ``safety`` times the critical one of the state; a tenth at most where training begins
-    anew, as there no rate was measured stable. After the first return it is raised again, by ``1 / factor``, 50
-    steps later at the earliest, when the loss is calm and three Courant numbers in a row would stay below ``safety`` at
-    the raised rate; and so on. What has failed twice is not raised any more.
+    training was found unstable is ``safety`` times the least critical one from the state on, before the loss rose; a
+    tenth at most where training begins anew, as there no rate was measured stable. After the first return it is raised
+    again, by ``1 / factor``, 50 steps later at the earliest, when the loss is calm and three Courant numbers in a row
+    would stay below ``safety`` at the raised rate; and so on. It is not raised above that share of the least critical
+    rate before the step is passed at which training was found unstable. The readings that it takes are asked for beside
+    the monitor's budget. What has failed twice is not raised any more.
 
     Each return is printed, and logged as ``stability/roll_back`` (the step to which it leads) and
     ``stability/lr_scale``; `roll_backs` says when and why. It is written down in ``roll_backs.json`` before it is made.
@@ -120,6 +121,7 @@ class RollBackOnInstability(StopOnInstability):
         self._folder: str | None = None
         self._stable: list[float] = []  # Courant numbers since the rate was lowered or raised,
         self._changed_step = 0  # which was at this step
+        self._critical = math.inf  # the least critical rate since the confirmed state, before the loss rose
         self._is_driven = self._is_wanted = False
         super().__init__(monitor, **settings)
 
@@ -175,6 +177,8 @@ class RollBackOnInstability(StopOnInstability):
         self._rates_of_update.close()
         if stage == "fit" and getattr(self, "_source", None) is not None:
             self._source.roll_back = None
+            if self._source.cap is None:
+                self._source.monitor.cadence.want(math.inf)
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -198,7 +202,7 @@ class RollBackOnInstability(StopOnInstability):
         if self._pending is not None:
             self._arrive(trainer, self._pending)
         if self._data is not None:
-            self._skip(trainer, self._position.return_to_batch(trainer, self._data))
+            self._position.leave_out(trainer, self.roll_backs, self._position.return_to_batch(trainer, self._data))
             self._data = None
         self._source.forecast.scale = self.scale
         if self.scale != 1:
@@ -213,11 +217,8 @@ class RollBackOnInstability(StopOnInstability):
     def _is_abandoned(self, trainer: Any) -> bool:
         """Return True if the run was resumed on a way that was left before: the return is then made again."""
         assert self._folder is not None
-        record = read_record(self._folder) if trainer.global_step else []
-        missing = record[len(self.roll_backs) :]
-        if record[: len(self.roll_backs)] != self.roll_backs or not missing:
-            return False
-        if not missing[0].state.step <= trainer.global_step <= missing[0].at:
+        record = missing_from(self.roll_backs, self._folder, trainer.global_step)
+        if not record:
             return False
         if not os.path.exists(record[-1].state.path):
             rank_zero_warn(f"{type(self).__name__} cannot return to {record[-1].state.path}, which is gone")
@@ -229,8 +230,10 @@ class RollBackOnInstability(StopOnInstability):
         """Go on from the state of a roll-back, whose checkpoint has been loaded."""
         self._pending = None
         self.scale, self._stable, self._changed_step = roll_back.scale, [], trainer.global_step
+        self._critical = math.inf
         self._states.return_to(roll_back.state)
         self._states.remove_unused(trainer, self.roll_backs)
+        self._want_reading(trainer)
         show_hooks(self, HOOK)
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -254,11 +257,15 @@ class RollBackOnInstability(StopOnInstability):
     def receive(self, trainer: Any, observation: Observation) -> None:
         super().receive(trainer, observation)
         value = observation.values.get(self.monitor, math.nan)
+        critical = self._source.forecast.critical.mean
+        if self._losses.is_calm and critical < self._critical:
+            self._critical = critical
         last = self._states.candidate or self._states.confirmed
         if value <= self.threshold and trainer.global_step > (-1 if last is None else last.step):
             self._is_wanted = True
         if self.scale < 1 and not math.isnan(value):
             self._stable = [*self._stable, value][-STABLE_READINGS:]
+            self._want_reading(trainer)
 
     def end_step(self, trainer: Any, step: int, arrived: Sequence[ArrivedLoss]) -> None:
         super().end_step(trainer, step, arrived)
@@ -272,6 +279,8 @@ class RollBackOnInstability(StopOnInstability):
             if not is_calm or not math.isnan(self._number.readings.above(self.threshold, step)):
                 self._is_wanted = False
                 return
+            if self._states.candidate is not None:
+                self._critical = math.inf
             self._states.confirm()
             self._states.remove_unused(trainer, self.roll_backs)
             last = self._states.confirmed
@@ -280,21 +289,35 @@ class RollBackOnInstability(StopOnInstability):
             if self._is_wanted:
                 show_hooks(self, HOOK)
 
+    def _raised(self, trainer: Any) -> float:
+        """Return to what the factor of the rates may be raised next: the same where it may not."""
+        if len(self.roll_backs) != 1 or self.monitor not in SCHEDULED:
+            return self.scale
+        (last,) = self.roll_backs
+        limit = last.limit if trainer.global_step <= last.at else 1.0
+        return max(self.scale, min(1.0, limit, self.scale / self.factor))
+
+    def _want_reading(self, trainer: Any) -> None:
+        """Ask for the readings that raise the rate: as many as it takes by the time at which it may be raised.
+
+        Where they do not allow it then, each one comes after a third of the time that has passed by then.
+        """
+        if self._raised(trainer) > self.scale and self._source.cap is None:  # which asks for its own
+            gap = max(STABLE_STEPS, trainer.global_step - self._changed_step) // STABLE_READINGS
+            self._source.monitor.cadence.want(self._source.observer.step + gap)
+
     def _raise(self, trainer: Any, step: int) -> None:
         """Raise the rate again if its Courant numbers say that it may be raised."""
         if trainer.global_step - self._changed_step < STABLE_STEPS or len(self._stable) < STABLE_READINGS:
             return
-        if len(self.roll_backs) != 1 or self.monitor not in SCHEDULED:
-            return
-        scale = min(1.0, self.scale / self.factor)
+        scale = self._raised(trainer)
         if scale == self.scale or not self._losses.is_calm or max(self._stable) * scale > self.safety * self.scale:
             return
         self._source.forecast.scale = self.scale = scale
         self._stable, self._changed_step = [], trainer.global_step
+        self._want_reading(trainer)
         self._say(f"stable at step {step}: from here on at {scale:.3g} times the scheduled rate again")
-        values = {"stability/lr_scale": scale}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        log(trainer, values)
+        show(trainer, {"stability/lr_scale": scale})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         is_whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -303,7 +326,7 @@ class RollBackOnInstability(StopOnInstability):
         validates = bool(trainer.enable_validation) and every not in (None, math.inf) and not (batch_idx + 1) % every
         if self._is_wanted and is_whole and not validates and not trainer.should_stop:
             self._save(trainer, batch, is_between=trainer.is_last_batch)
-        self._skip(trainer, self._position.index(trainer))
+        self._position.leave_out(trainer, self.roll_backs, self._position.index(trainer))
         if not (self._is_wanted or self.roll_backs):
             hide_hooks(self, HOOK)
 
@@ -324,31 +347,22 @@ class RollBackOnInstability(StopOnInstability):
         self._states.add(state)
         self._states.remove_unused(trainer, self.roll_backs)
 
-    def _skip(self, trainer: Any, index: int) -> None:
-        """Leave out the batches that come next, if they were those at which training became unstable."""
-        for roll_back in self.roll_backs:
-            epoch, first, last = roll_back.skipped or (-1, 0, 0)
-            if trainer.current_epoch == epoch and first <= index < last:
-                self._position.leave_out(trainer, last - index)
-                index = last
-
     # -- a roll-back --------------------------------------------------------------------------------------------------
 
     def _decide(self, trainer: Any, step: int, state: StableState) -> None:
         """Write down that training returns to a state; `fit` makes the return."""
         rate, _ = self._source.rates()
-        scale = self.factor
-        if state.step == 0 and self.factor < 1:
-            scale = min(scale, FROM_BEGINNING)
-        if state.critical > 0 and rate > 0:
-            scale = min(scale, self.safety * state.critical / rate)
+        critical = min((each for each in (state.critical, self._critical) if each > 0), default=math.inf)
+        limit = self.safety * critical / rate if rate > 0 else math.inf
+        most = FROM_BEGINNING if state.step == 0 and self.factor < 1 else 1.0
+        scale = min(self.factor, most, limit)
         skipped: tuple[int, ...] = ()
         if self.skip_batches:
             end = self._position.index(trainer)
             first = (self._losses.level_step if self._losses.finite else step - 1) - MARGIN
             skipped = (trainer.current_epoch, max(0, end - (step - first) * trainer.accumulate_grad_batches), end)
         assert self.reason is not None and self._folder is not None
-        roll_back = RollBack(trainer.global_step, state, self.scale * scale, self.reason, skipped)
+        roll_back = RollBack(trainer.global_step, state, self.scale * scale, self.reason, skipped, self.scale * limit)
         self.roll_backs = [*self.roll_backs, roll_back]
         if trainer.is_global_zero:
             write_record(self._folder, self.roll_backs)
@@ -358,9 +372,7 @@ class RollBackOnInstability(StopOnInstability):
             f"unstable at step {step}: {self.reason}. Training goes on from step {state.step} at "
             f"{roll_back.scale:.3g} times the scheduled rate{batches} (return {len(self.roll_backs)} of {self.times})"
         )
-        values = {"stability/roll_back": float(state.step), "stability/lr_scale": roll_back.scale}
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        log(trainer, values)
+        show(trainer, {"stability/roll_back": float(state.step), "stability/lr_scale": roll_back.scale})
 
     def announce(self, trainer: Any, step: int, why: str) -> None:
         if len(self.roll_backs) >= self.times or self._states.confirmed is None:
@@ -372,15 +384,16 @@ class RollBackOnInstability(StopOnInstability):
         made = self.roll_backs if self._pending is None else self.roll_backs[:-1]
         return super().state_dict() | {
             "roll_backs": [asdict(each) for each in made], "scale": self.scale, "folder": self._folder,
-            "stable": list(self._stable), "changed_step": self._changed_step,
+            "stable": list(self._stable), "changed_step": self._changed_step, "critical": self._critical,
             "states": self._states.state_dict(), "data": self._data,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        names_of_state = ("roll_backs", "scale", "stable", "changed_step", "folder", "states", "data")
+        names_of_state = ("roll_backs", "scale", "stable", "changed_step", "critical", "folder", "states", "data")
         super().load_state_dict({name: value for name, value in state_dict.items() if name not in names_of_state})
         self._folder, self._data = state_dict["folder"], state_dict["data"]
         self._states.load_state_dict(state_dict["states"])
         if self._pending is None:
             self.roll_backs, self.scale = roll_backs_of(state_dict["roll_backs"]), state_dict["scale"]
             self._stable, self._changed_step = list(state_dict["stable"]), state_dict["changed_step"]
+            self._critical = state_dict["critical"]

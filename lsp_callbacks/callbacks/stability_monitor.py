@@ -90,7 +90,8 @@ class StabilityMonitor(RunResults, Callback):
             ``optimizer.step()``, each loss divided by that; ``loss_fn`` is that of one batch, before the division.
         forward_fn: ``(module, batch) -> outputs`` of shape ``(samples, ..., classes)``, and
         criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where
-            ``training_step`` does not return the value of one criterion of ``torch.nn.functional``.
+            ``training_step`` does not return the value of one criterion of ``torch.nn.functional``. The gradient of the
+            two has to be that of the step's own loss, all of it: with which it is compared now and then.
         prox: ``(name, tensor, lr) -> tensor``, what your code makes of each parameter after the optimizer's step:
             weight clipping, a max-norm, a soft threshold; see `lsp_callbacks.functional.trajectory.proximal`. It is not
             applied, but enters the update map; where you apply it (``optimizer_step``, ``on_train_batch_end``, a hook
@@ -223,7 +224,7 @@ class StabilityMonitor(RunResults, Callback):
             if self._loss_feed.has_same_rates:
                 scheduled = self.forecast.scheduled_courant
         if not observer.is_idle:  # of the step before
-            observer.check_update()
+            observer.check_update(is_epoch_over=batch_idx == 0 and trainer.num_training_batches > 1)
         observer.begin_batch(batch, partial(self._loop.loss, batch_idx, None), first=first, scheduled=scheduled)
         self.stopwatch.spent += time.perf_counter() - began
 

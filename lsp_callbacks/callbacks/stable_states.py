@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,8 @@ class RollBack:
         scale: by which all rates of the schedule are multiplied from there on.
         reason: why it was found unstable.
         skipped: epoch, first and last batch (not included) of the batches that are left out; empty if none are.
+        limit: above which that factor is not raised before step ``at`` is passed: ``safety`` times the least critical
+            rate since the state, before the loss rose, over the rate that was found unstable.
     """
 
     at: int
@@ -45,6 +48,7 @@ class RollBack:
     scale: float
     reason: str
     skipped: tuple[int, ...] = ()
+    limit: float = math.inf
 
 
 @dataclass
@@ -118,6 +122,20 @@ def read_record(folder: str) -> list[RollBack]:
     """Return the roll-backs that were written down; none where there is no record."""
     path = Path(folder) / RECORD
     return roll_backs_of(json.loads(path.read_text())) if path.is_file() else []
+
+
+def missing_from(made: Sequence[RollBack], folder: str, step: int) -> list[RollBack]:
+    """Return the record of a run that is on a way that was left before, by a return that is not made; empty otherwise.
+
+    Args:
+        made: the returns that the run knows of.
+        folder: of the record.
+        step: at which the run is.
+    """
+    record = read_record(folder) if step else []
+    missing = record[len(made) :]
+    is_left = record[: len(made)] == list(made) and bool(missing) and missing[0].state.step <= step <= missing[0].at
+    return record if is_left else []
 
 
 def roll_backs_of(listed: Sequence[Mapping[str, Any]]) -> list[RollBack]:

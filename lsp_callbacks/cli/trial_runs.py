@@ -11,15 +11,15 @@ import torch
 
 from lsp_callbacks.callbacks.base import Callback
 from lsp_callbacks.callbacks.hidden_hooks import call_hook
-from lsp_callbacks.callbacks.lr_forecast import critical_rate
-from lsp_callbacks.callbacks.rates_of_update import set_rate
 from lsp_callbacks.callbacks.stability_monitor import StabilityMonitor
 from lsp_callbacks.cli.batch_sizes import BatchSizes
 from lsp_callbacks.cli.configured import Done, train_without_end
 from lsp_callbacks.cli.rate_search import RateSearch, TrialRun
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.monitor.budget import measurement_cost
+from lsp_callbacks.monitor.critical_rate import critical_rate
 from lsp_callbacks.monitor.history import Observation
+from lsp_callbacks.monitor.rates_of_update import set_rate
 from lsp_callbacks.operators.trajectory.update_rules import rule_with_edge
 from lsp_callbacks.quantities import MeanSquareStability, SGDStability
 from lsp_callbacks.step.flat import largest_learning_rate

@@ -46,6 +46,7 @@ class StabilityCallback(TrainerCallback):
         prox: what is done to each parameter after the optimizer's step, as in `StabilityMonitor`.
         forward_fn: its batch is ``(args, kwargs)`` of the model's forward pass; so is that of
         criterion: which belongs to it.
+        cap: as in `Watch`: the share of the critical rate below which the rate of each update is kept.
         log: called with new values and ``state.global_step``.
         seed: of our own random choices.
         settings: ``every_n_steps``, ``budget``, ``window``, ``average``, ``layers``, ``blocks``, ``strict``,
@@ -69,6 +70,7 @@ class StabilityCallback(TrainerCallback):
         prox: Prox | None = None,
         forward_fn: ForwardFn | None = None,
         criterion: Criterion | None = None,
+        cap: float | None = None,
         log: Log | None = None,
         seed: int = 0,
         **settings: Any,
@@ -78,7 +80,9 @@ class StabilityCallback(TrainerCallback):
         self.monitor = quantities if isinstance(quantities, Monitor) else configured(quantities, **settings)
         check_pair(forward_fn, criterion)  # now, not when training begins
         self.log = log
-        self._settings: dict[str, Any] = {"forward_fn": forward_fn, "criterion": criterion, "prox": prox, "seed": seed}
+        self._settings: dict[str, Any] = {
+            "forward_fn": forward_fn, "criterion": criterion, "prox": prox, "cap": cap, "seed": seed,
+        }  # fmt: skip
         self._values: dict[str, float] = {}
         self._items: Any = None
         self._hooks: list[Any] = []

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsp_callbacks.loops.capped_loop import CappedLoop
 from lsp_callbacks.loops.plain_loop import PlainLoop, check_schedulers, processes_of, why_unsupported
 from lsp_callbacks.monitor.configure import configured
 from lsp_callbacks.monitor.history import History
@@ -41,7 +42,8 @@ class Watch:
         accumulate: batches in an update, by which the loop divides each loss.
         forward_fn: ``(module, batch) -> outputs`` of shape ``(samples, ..., classes)``, and
         criterion: ``(outputs, batch) -> loss``, the mean over the samples: needed together, and only where ``loss_fn``
-            does not return the value of one criterion of ``torch.nn.functional``.
+            does not return the value of one criterion of ``torch.nn.functional``. The gradient of the two is compared
+            with that of ``loss_fn`` now and then: it has to be all of it.
         log: called with new values and the number of the update.
         clipping: how the loop clips before each update; where it is by norm, the optimizer holds all parameters.
         prox: what the loop makes of each parameter after ``optimizer.step()`` and before the next batch,
@@ -51,13 +53,17 @@ class Watch:
             and a gradient that has overflowed is no step.
         schedulers: one or several of ``torch.optim.lr_scheduler`` that set the optimizer's rate, for `SGDLaw`, which
             knows their form. Without them the form of the schedule is unknown.
+        cap: keep the rate of each update below this share of the critical one, as `CapLearningRate` does: lowered right
+            before the optimizer's step and put back right after, so that schedulers see their own. It goes by the loss
+            of each step, see `record`. The first update is not capped; None caps nothing.
         unsupported: why the update is not the optimizer's step on this loss, where you know it; quantities that need
             the update are then skipped.
         seed: of our own random choices, which never touch the global state.
 
     Raises:
         ValueError: for ``accumulate`` below 1, one of ``forward_fn`` and ``criterion`` without the other, a
-            scheduler that sets the rate of another optimizer.
+            scheduler that sets the rate of another optimizer; a ``cap`` with ``prox``, or for an optimizer without a
+            critical rate; at the first update, a ``cap`` without recorded losses or without ``stability/courant``.
 
     Cost: beside the measurements, one gradient for each measured step.
 
@@ -93,6 +99,7 @@ class Watch:
         prox: Prox | None = None,
         scaler: torch.amp.GradScaler | None = None,
         schedulers: Any = (),
+        cap: float | None = None,
         unsupported: str | None = None,
         seed: int = 0,
     ):
@@ -109,6 +116,9 @@ class Watch:
         self.observer = StepObserver(self.monitor, forward_fn=forward_fn, criterion=criterion)
         #: Batches since the last update.
         self.batches = 0
+        if cap is not None and prox is not None:
+            raise ValueError("cap and prox: the map after the step reads the scheduled rate; leave one of the two out")
+        self.capped = None if cap is None else CappedLoop(cap, self.observer, optimizer)
         self._is_begun = self._is_skipped = False
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_update),
@@ -169,6 +179,8 @@ class Watch:
         if self.loop.scaler is not None and not finite([p.grad for p in parameters if p.grad is not None]):
             return  # the scaler will leave this update out
         self._begin_run()
+        if self.capped is not None:
+            self.capped.lower_next()
         self.observer.record(self.optimizer)
         # With a ``clipping`` it is known what the gradient becomes.
         coming = (lambda: {p: p.grad for p in parameters if p.grad is not None}) if self.loop.clipping is None else None
@@ -177,17 +189,22 @@ class Watch:
     def close(self) -> None:
         """Remove the hooks from the optimizer, and from the module where energies look at its state."""
         self.observer.close()
+        if self.capped is not None:
+            self.capped.close()
         for hook in self._hooks:
             hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of the next update, and the curves."""
-        return {"step": self.step, "monitor": self.monitor.state_dict()}
+        cap = None if self.capped is None else self.capped.cap.state_dict()
+        return {"step": self.step, "monitor": self.monitor.state_dict(), "cap": cap}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; a window under way is cut."""
         self.observer.step, self.observer.previous = state["step"], None
         self.monitor.load_state_dict(state["monitor"])
+        if self.capped is not None and state["cap"] is not None:
+            self.capped.cap.load_state_dict(state["cap"])
 
     def _mean_loss(self, loss: Tensor) -> Tensor:
         """Return the mean of the losses of processes that train one module together."""
@@ -214,6 +231,8 @@ class Watch:
         if any(callable(argument) for argument in (*args[1:], *kwargs.values())):
             observer.skip_update()  # its gradient comes later
             observer.invalidate_update(CLOSURE)
+        if self.capped is not None:
+            self.capped.lower_next()
         observer.before_update(optimizer)
         loss = observer.step_loss.differentiated
         loss = observer.replayed_loss if loss is None else loss
@@ -228,6 +247,8 @@ class Watch:
         observer.forget_step()
         if self._is_skipped:  # nothing has moved
             return
+        if self.capped is not None:
+            observations = self.capped.read(observations)
         completed = [*observations, *([] if fault is None else [fault])]
         if completed and self.log is not None:
             self.log({key: value for each in completed for key, value in each.values.items()}, completed[0].step)

@@ -14,9 +14,13 @@ SECOND = 0.5
 ADVANCE = 15.0
 #: Readings of the headline number that are put by at most; what comes then is free.
 FULL = 2.0
-#: Share of the headline number.
-HEADLINE = 0.6
-#: Part of the others' budget that goes to the headline number near the edge.
+#: Share of the headline number in the advance, and at most at each step where it takes what others need.
+HEADLINE = 0.64
+#: Steps between two measurements, for which the budget pays before anything else: of the headline number, and others.
+SLOWEST, ROUND = 29, 250
+#: Steps of the others' rates that a first measurement is waited for, before which none of them is measured again.
+PATIENCE = 500
+#: Part of the rates of others that goes to the headline number near the edge, once they were measured.
 TAKEN = 0.5
 #: Steps of training whose cost may be spent, beside the budget, on readings that a cap wants; it comes back as the
 #: budget does.
@@ -118,30 +122,46 @@ def rates(
 ) -> dict[str, float]:
     """Return the gradients that each quantity without a fixed pace may spend at each step; a period is price over rate.
 
-    What the headline number leaves is shared out in proportion to ``sqrt(weight * price)``: of all paces that cost the
-    same these have the least sum of ``weight * period``. A price is the `fair_price`.
+    Far from the edge one measurement of the headline number in ``1 / budget`` steps is enough. Of that it gets what is
+    left where each of the others is measured once in `ROUND` steps, and at least one measurement in `SLOWEST` steps, as
+    far as its share pays for that. What nobody needs is shared out among the others in proportion to ``sqrt(weight *
+    price)``: of all paces that cost the same these have the least sum of ``weight * period``. Where one measurement in
+    `ROUND` steps is too much, all of them wait equally long. A price is the `fair_price`.
 
     Args:
         paces: of all quantities that are measured, by name.
         income: gradients at each step, for all of them.
-        headline: name of the quantity that has `HEADLINE` of it, as far as it can use that: far from the edge one
-            measurement in ``1 / budget`` steps is enough.
-        near: a `nearness`.
+        headline: name of the quantity that comes first.
+        near: a `nearness`: part of what the others have goes to the headline number, once they were measured.
         step_cost: gradients that a step of training takes.
     """
-    parts = {
-        name: math.sqrt(p.weight * (fair_price(name, paces, headline) or 1.0))
+    prices = {
+        name: fair_price(name, paces, headline) * (1.0 if p.count or name == headline else SECOND)
         for name, p in paces.items()
         if p.every_n_steps is None
     }
-    share = 0.0
+    share = prices.pop(headline, 0.0) if headline is not None else 0.0
+    needs = {name: (price or 1.0) / ROUND for name, price in prices.items()}
+    least, whole = sum(needs.values()), 0.0
     if headline is not None:
-        parts.pop(headline)
-        most = HEADLINE if parts else 1.0
-        enough = paces[headline].warmth * paces[headline].price / step_cost or most
-        share = (1 - near) * min(most, enough) + near * (most + TAKEN * (1 - most))
-    rest = {name: income * (1 - share) * part / sum(parts.values()) for name, part in parts.items()}
-    return rest if headline is None else rest | {headline: income * share}
+        most = HEADLINE * income if needs else income
+        whole = min(share * income / step_cost, max(min(share / SLOWEST, most), income - least)) if share else most
+    free = income - whole
+    roots = {name: math.sqrt(paces[name].weight * (price or 1.0)) for name, price in prices.items()}
+    more, total = max(0.0, free - least), sum(roots.values())
+    rest = {name: need * min(1.0, free / least) + more * roots[name] / total for name, need in needs.items()}
+    if headline is None:
+        return rest
+    if awaited(paces, needs, free):
+        near = 0.0
+    taken = near * (TAKEN if rest else 1.0)
+    return {name: (1 - taken) * rate for name, rate in rest.items()} | {headline: whole + taken * free}
+
+
+def awaited(paces: Mapping[str, Pace], names: Iterable[str], rate: float) -> float:
+    """Return what the dearest first measurement costs that a rate pays within `PATIENCE` steps; 0 without one."""
+    prices = [paces[name].price for name in names if not paces[name].count]
+    return max((price for price in prices if price <= PATIENCE * rate), default=0.0)
 
 
 def fair_price(name: str, paces: Mapping[str, Pace], headline: str | None) -> float:
@@ -275,6 +295,11 @@ class Account:
     def period(self, name: str) -> float:
         """Return the steps in which the budget pays for a measurement."""
         return fair_price(name, self.paces, self.headline) / self.rates[name]
+
+    def first(self) -> float:
+        """Return what measurements that are not the first of their quantity leave free for those that are."""
+        others = [name for name in self.rates if name != self.headline]
+        return awaited(self.paces, others, self.income - self.saving)
 
     def round(self) -> float:
         """Return what one measurement of all others costs."""

@@ -73,12 +73,14 @@ class Cadence:
 
     The *headline number* (``stability/courant``) comes first: its rate is put by for it, and what it needs for its
     first readings is left to it. Far from the edge of stability it is measured once in ``1 / budget`` steps, if its
-    rate allows that, and the others have what it leaves. Near the edge it takes half of the others' rates, and what is
-    saved beyond a round of them. So its gap is never longer than ``max(price / rate, 1 / budget)``.
+    rate allows that, and the others have what it leaves, see `rates`. Near the edge it takes half of the others' rates,
+    and what is saved beyond a round of them, once all of these were measured. So its gap is never longer than
+    ``max(price / rate, 1 / budget)``.
 
-    The others take turns, the one that has waited for most of its periods first. They meet the headline number, where
-    their periods are longer: what several measurements of a step spend gradients on (a replay, an alignment) is spent
-    once. Far from the edge they start after half a period, too, if what is free pays for it.
+    The others take turns, the one that has waited for most of its periods first; none is measured a second time before
+    all were measured once that their rates can pay soon. They meet the headline number, where their periods are longer:
+    what several measurements of a step spend gradients on (a replay, an alignment) is spent once. Far from the edge
+    they start after half a period, too, if enough is free.
 
     The next step at which anything can start is known in closed form, as long as nothing changes: until then, or until
     the scheduled rate comes nearer to the edge, a step is compared with a number, and that is all.

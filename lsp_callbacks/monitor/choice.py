@@ -10,8 +10,8 @@ from lsp_callbacks.monitor.account import ROUNDING, Account, Balance, Pace
 
 #: By how much shorter the gaps of the headline number are near the edge, as long as gradients are free.
 SAVED = 2.0
-#: By how much shorter the gaps of the others are as long as gradients are free.
-HASTE = 2.0
+#: By how much shorter the gaps of the others are as long as so many rounds of them are free.
+HASTE, AMPLE = 2.0, 0.75
 #: What costs at most so many times as much as a part of it brings that part.
 LITTLE = 2.0
 
@@ -39,7 +39,7 @@ class Choice:
         """
         account = self.account
         queue, balance = self._queue(step), account.balance(step)
-        haste = HASTE
+        haste = HASTE if balance.free >= AMPLE * account.round() else 1.0
         for _ in range(2):  # what starts makes others cheaper
             awaited: list[str] = []  # those that are overdue and cannot be paid yet
             for name in queue:
@@ -53,10 +53,10 @@ class Choice:
                 elif self._is_overdue(name, step):
                     haste = 1.0  # what is free is for those who wait for it
                     awaited.append(name)
-        following = (
-            math.inf if balance.chosen else min((self._at(name, step + 1, haste) for name in queue), default=math.inf)
-        )
-        return tuple(balance.chosen), following
+        if balance.chosen:
+            return tuple(balance.chosen), math.inf
+        # What is free may become ample before.
+        return (), min((self._at(name, step + 1, HASTE) for name in queue), default=math.inf)
 
     def _waits_for(self, name: str, awaited: Collection[str]) -> bool:
         """Return whether a measurement comes for nothing beside an overdue one, and so waits until that is paid."""
@@ -164,4 +164,5 @@ class Choice:
             is_early = pace.started is not None and step - pace.started < min(account.period(name), pace.doubling)
             return price - balance.saved - (max(0.0, balance.free - account.round()) if is_early else balance.free)
         is_paid_now = pace.is_promised if pace.started is None else step - pace.started >= account.period(name)
-        return price - (balance.free if is_paid_now else balance.free - account.reserve())
+        kept = 0.0 if is_paid_now else account.reserve()
+        return price - balance.free + max(kept, account.first() if pace.count else 0.0)

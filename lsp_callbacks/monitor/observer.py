@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lsp_callbacks.autograd.side_effects import untouched
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.monitor.between_steps import MOVED_BETWEEN, BetweenSteps
 from lsp_callbacks.monitor.cadence import Scheduled
 from lsp_callbacks.monitor.gradient_check import GradientCheck, Gradients
 from lsp_callbacks.monitor.history import Completed, StepResults
@@ -71,6 +72,7 @@ class StepObserver:
         self.step_loss = StepLoss()
         self.nan_finder = NanFinder(monitor)
         self._gradient_check, self._update_check = GradientCheck(monitor.errors), UpdateCheck()
+        self._between = BetweenSteps(monitor)
         self._results = StepResults(monitor)
         self.listeners: list[Callable[[Snapshot], None]] = []
         self.step = self.updates = 0
@@ -92,9 +94,9 @@ class StepObserver:
         """Leave out what cannot be measured in this run.
 
         Args:
-            loop: that trains.
-            optimizers: of the run; one, or those that take turns.
-            losses: of several optimizers that take turns, by name, in the order of the optimizers.
+            loop: that trains, by
+            optimizers: one, or those that take turns.
+            losses: of those that take turns, by name, in the order of the optimizers.
             steps: how many the run will take, as far as that is known.
 
         Raises:
@@ -115,11 +117,11 @@ class StepObserver:
     def attach(self, loop: TrainingLoop) -> None:
         """Observe a loop from now on, and forget what a run before, which may have been interrupted, has left."""
         self._close_game()
-        self.loop, ranks = loop, loop.run.ranks
-        self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = ranks
+        self.loop, self.is_idle = loop, False
+        self.probes.ranks = self._gradient_check.ranks = self._update_check.ranks = loop.run.ranks
         self.forget_step()
-        self.is_idle = False
         self._update_check.forget()
+        self._between.reset()
         self._results.forget()
 
     def _require(
@@ -132,6 +134,7 @@ class StepObserver:
     def close(self) -> None:
         """Remove all hooks of ours from the module and from the optimizers, when training ends."""
         self.monitor.recorder.close()
+        self._between.forget()
         self._close_game()
 
     def _close_game(self) -> None:
@@ -152,7 +155,8 @@ class StepObserver:
         """
         monitor, module = self.monitor, self.loop.module
         looks_for_nan = Numerics.name in monitor.quantities
-        self._results.taken = None  # it was checked
+        if not self._between.looks_again:
+            self._results.taken = None  # it was checked
         if first:
             self.forget_step()
             if self.game is not None:
@@ -162,7 +166,8 @@ class StepObserver:
                 self._pending = kept_step(self.loop, monitor, self.step, names)
         else:
             self.step_loss.begin_batch()
-        self.is_idle = self._pending is None and self.game is None and not looks_for_nan
+        is_looked_at = looks_for_nan or self._between.is_under_way
+        self.is_idle = self._pending is None and self.game is None and not is_looked_at
         if monitor.trace is not None:
             monitor.recorder.begin(module, first=first)
         if monitor.quantities and not self.probes.full:
@@ -183,8 +188,8 @@ class StepObserver:
     @property
     def is_settled(self) -> bool:
         """Whether nothing of the step that ends is left to be looked at."""
-        is_checked = not (self._gradient_check.is_expected or self._update_check.is_awaited)
-        return self.is_idle or (is_checked and self.game is None and not self.monitor.cadence.under_way)
+        checks = self._gradient_check.is_expected or self._update_check.is_awaited or self._between.is_under_way
+        return self.is_idle or not (checks or self.game is not None or self.monitor.cadence.under_way)
 
     @property
     def is_pending(self) -> bool:
@@ -236,6 +241,8 @@ class StepObserver:
         self.updates += 1
         if self.updates == 1 and self.monitor.trace is not None:
             self.record(optimizer)
+        if self.game is None and (self._pending is not None or self._between.looks_again):
+            self._between.follow(optimizer, self.loop.run)
         if self._pending is not None or self.game is not None:
             self.measure(optimizer, coming_gradients=coming_gradients)
         return True
@@ -260,31 +267,25 @@ class StepObserver:
             self.game.drop()
 
     def count(self, *, moved: bool = True) -> None:
-        """Count an optimizer step.
-
-        Args:
-            moved: whether it moves the parameters.
-        """
-        self.previous = self.step if moved else self.previous
-        self.step += 1
+        """Count an optimizer step, which moves the parameters or not."""
+        self.previous, self.step = self.step if moved else self.previous, self.step + 1
 
     def record(self, optimizer: torch.optim.Optimizer) -> None:
         """Record loss, rate and energies of the step, if a quantity of a time series asks for them."""
-        loss = self.step_loss.differentiated
-        self.monitor.recorder.record(self.step, loss, optimizer, self.loop.module, previous=self.previous)
+        recorder, loss = self.monitor.recorder, self.step_loss.differentiated
+        recorder.record(self.step, loss, optimizer, self.loop.module, previous=self.previous)
 
     def measure(
         self, optimizer: torch.optim.Optimizer, *, coming_gradients: Callable[[], Gradients] | None = None
     ) -> None:
-        """Measure the step now, if it is due; a second time nothing happens. For the arguments see `before_update`."""
+        """Measure the step now, if it is due, once. For the arguments see `before_update`."""
         if self.game is not None:
             failing = self.monitor.errors.warn_instead_of_raise("the player's step could not be measured")
             with failing, self.game.turn(optimizer) as snapshot:
                 if snapshot is not None:
                     with self._untouched():
                         self._observe(snapshot(self.step, previous=self.previous))
-            return
-        if self._pending is None:
+        if self.game is not None or self._pending is None:
             return
         try:
             self._measure(self._pending, optimizer, coming_gradients)
@@ -296,9 +297,8 @@ class StepObserver:
         needs_update = any(quantity.needs_update for quantity in monitor.quantities.values())
         if is_compared := needs_update and self.loop.moves_parameters and self.loop.run.shards is None:
             self._update_check.awaited()
-        doing = "the step could not be measured"
+        doing, is_run = "the step could not be measured", pending.can_replay or pending.own_calls is not None
         try:
-            is_run = pending.can_replay or pending.own_calls is not None
             with self._untouched() if is_run else contextlib.nullcontext():
                 snapshot = self.snapshot(optimizer, tries_clipping=True)
                 self.sub_batch = None if pending.sub_batch is None else pending.samples
@@ -321,9 +321,8 @@ class StepObserver:
             optimizer: that will make the update.
             tries_clipping: whether the user's own clipping is tried on copies; otherwise it is taken for the loop's.
         """
-        loop = self.loop
-        assert self._pending is not None, "no step was begun that is to be measured"
-        pending, room = self._pending, self.monitor.budget.room
+        loop, pending, room = self.loop, self._pending, self.monitor.budget.room
+        assert pending is not None, "no step was begun that is to be measured"
         clipping = self._clipping = self._tried_clipping(pending, optimizer) if tries_clipping else loop.clipping
         (scale, gradient_scale), (loss, context) = loop.scales(optimizer), loop.evaluated()
         own_loss = self.step_loss.differentiated if loop.shows_losses and not self.step_loss.is_ambiguous else None
@@ -357,18 +356,21 @@ class StepObserver:
             self.invalidate_update(reason)
         return changed
 
-    def check_update(self, *, last: bool = True) -> None:
+    def check_update(self, *, last: bool = True, is_epoch_over: bool = False) -> None:
         """Invalidate the update if the parameters are not where it should have brought them.
 
         Args:
             last: whether nothing moves them any more before the next forward pass.
+            is_epoch_over: whether an epoch has ended since the step.
         """
+        if last and self._between.is_awaited and self._between.finds_a_map(is_epoch_over=is_epoch_over):
+            self.invalidate_update(MOVED_BETWEEN)
         # Without a prox nothing has to be done to them after the step.
         if self._update_check.is_awaited and self._update_check.missed(last=last or self.loop.run.prox is None):
             self.invalidate_update(self.loop.wrong_update)
 
     def invalidate_update(self, reason: str) -> None:
-        """Turn the last step's numbers that depend on the update into NaN, and measure none of them any more."""
+        """See `StepResults.invalidate_update`."""
         self._results.invalidate_update(reason)
 
     def after_update(self) -> Completed:
@@ -379,15 +381,13 @@ class StepObserver:
         return self._results.take()
 
     def _find_fault(self, optimizer: torch.optim.Optimizer, overflowed: bool) -> None:
-        """Look for the first NaN of the run; of a batch that makes several updates, in those after the first, too."""
-        again = self.updates > 0
+        again = self.updates > 0  # a batch makes several updates
         step = self.step - again
         with self.monitor.errors.warn_instead_of_raise("the step could not be checked for NaN and Inf"):
             if self.nan_finder.look(step, self.loop, optimizer, overflowed=overflowed, again=again) is not None:
                 self._results.add_fault(step)
 
-    def _untouched(self) -> contextlib.AbstractContextManager:
-        """Return a context for replays; with shards they run the module itself."""
+    def _untouched(self) -> contextlib.AbstractContextManager:  # for replays; with shards they run the module itself
         return untouched(self.loop.module, in_place=self.loop.run.shards is not None)
 
     def _tried_clipping(self, pending: PendingStep, optimizer: torch.optim.Optimizer) -> Clipping | None:

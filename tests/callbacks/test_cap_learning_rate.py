@@ -16,9 +16,9 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from lsp_callbacks import CapLearningRate, SpectralNorm, StabilityMonitor, StopOnInstability
-from lsp_callbacks.callbacks.cap_learning_rate import CappedStep
-from lsp_callbacks.callbacks.rate_cap import GROWTH, START
+from lsp_callbacks.monitor.capped_updates import CappedStep
 from lsp_callbacks.monitor.history import Observation
+from lsp_callbacks.monitor.rate_cap import GROWTH, START
 
 KEY, CAP = "stability/courant", "stability/lr_cap"
 SCHEDULED, APPLIED = "stability/lr_scheduled", "stability/lr_applied"
@@ -367,7 +367,7 @@ def after(*readings, losses=(), **settings):
     for step, values in enumerate(readings):
         observer.step = step
         monitor.losses.add(ArrivedLoss(step, (losses or [1.0] * 99)[step]))
-        cap._steps.append(CappedStep(step, [1.0], [1.0], 1.0))
+        cap._updates.steps.append(CappedStep(step, [1.0], [1.0], 1.0))
         cap.receive(None, Observation(step, {f"stability/{key}": value for key, value in values.items()}))
         cap.end_step(None, step, [ArrivedLoss(step, (losses or [1.0] * 99)[step])])
     observer.step = len(readings)

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from lsp_callbacks.callbacks.lr_forecast import CriticalRate, critical_rate
-from lsp_callbacks.callbacks.rate_cap import RateCap
-from lsp_callbacks.callbacks.rates_of_update import RatesOfUpdate
+from lsp_callbacks.callbacks.lr_forecast import CriticalRate
+from lsp_callbacks.monitor.critical_rate import critical_rate
+from lsp_callbacks.monitor.rate_cap import RateCap
+from lsp_callbacks.monitor.rates_of_update import RatesOfUpdate
 
 
 def read(*criticals, safety=0.5, max_age=10, relative=(1.0,), **settings):
@@ -17,11 +18,25 @@ def read(*criticals, safety=0.5, max_age=10, relative=(1.0,), **settings):
     return cap
 
 
-def test_the_lowest_of_three_readings_counts_so_that_a_fall_is_followed_at_once():
-    assert read(2.0).limits == [1.0] and read(2.0, 1.0).limits == read(1.0, 2.0, 4.0).limits == [0.5]
-    assert read(1.0, 3.0, 4.0, 5.0).limits == [1.5]
-    assert read(16.0, 9.0, 0.8, 0.3).limits == [0.15] and read(math.inf, 1.0).limits == [0.5]
-    assert read(1.0, math.inf, math.inf).limits == [0.5] and read(math.inf).limits == [math.inf]
+@pytest.mark.parametrize("settings", [{"is_falling": False}, {"has_risen": True}])
+def test_the_lowest_of_three_readings_counts_so_that_a_fall_is_followed_at_once(settings):
+    def limits(*criticals):
+        return read(*criticals, **settings).limits
+
+    assert limits(2.0) == [1.0] and limits(2.0, 1.0) == limits(1.0, 2.0, 4.0) == [0.5]
+    assert limits(1.0, 3.0, 4.0, 5.0) == [1.5]
+    assert limits(16.0, 9.0, 0.8, 0.3) == [0.15] and limits(math.inf, 1.0) == [0.5]
+    assert limits(1.0, math.inf, math.inf) == [0.5] and limits(math.inf) == [math.inf]
+
+
+def test_while_the_loss_falls_the_middle_one_of_three_counts_so_that_one_alone_lowers_nothing():
+    assert read(2.0).limits == [1.0] and read(2.0, 1.0).limits == [0.5]
+    assert read(2.0, 3.0, 0.1).limits == read(2.0, 0.1, 3.0).limits == [1.0]
+    assert read(2.0, 3.0, 0.1, 0.2).limits == [0.1]  # the second follows
+    assert read(2.0, math.inf, math.inf).limits == [math.inf]
+    cap = read(2.0, 3.0, relative=(1.0, 0.5))
+    cap.add(2, critical=0.1, relative=[1.0, 0.5], has_risen=True)
+    assert cap.limits == pytest.approx([0.05, 0.025])
 
 
 def test_the_critical_rate_of_an_observation_is_that_of_the_number_that_counts():
@@ -57,7 +72,7 @@ def test_a_reading_that_is_not_trusted_only_lowers():
     cap = read(2.0)
     cap.add(1, critical=8.0, relative=[1.0], only_lower=True)
     assert cap.limits == [1.0] and cap.step == 1
-    cap.add(2, critical=1.0, relative=[1.0], only_lower=True)
+    cap.add(2, critical=1.0, relative=[1.0], only_lower=True, has_risen=True)
     assert cap.limits == [0.5] and cap.step == 2
     assert read(8.0, only_lower=True).limits == [4.0]  # nothing to compare with
 
@@ -90,7 +105,7 @@ def test_groups_that_join_begin_anew():
 
 
 def test_the_state_goes_on():
-    cap, other = read(1.0, 3.0), RateCap(0.5, 10)
+    cap, other = read(1.0, 3.0, is_falling=False), RateCap(0.5, 10)
     cap.is_on = True
     other.load_state_dict(cap.state_dict())
     for each in (cap, other):

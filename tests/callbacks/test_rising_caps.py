@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lsp_callbacks.callbacks.rate_cap import CONFIRMED, EARLY, GROWTH, START, TOLERANCE, RateCap
+from lsp_callbacks.monitor.rate_cap import CONFIRMED, EARLY, GROWTH, START, TOLERANCE, RateCap
 
 
 def apply(cap, rate, step):
@@ -25,7 +25,7 @@ def test_a_capped_rate_grows_by_three_per_cent_and_thirty_beyond_the_last_readin
     cap.add(39, critical=1.0, relative=[1.0], used=[rates[-1]], is_falling=True)
     assert apply(cap, 60.0, 40) == pytest.approx(0.1 * CONFIRMED * GROWTH)
     cap.add(40, critical=0.05, relative=[1.0], used=[0.13])
-    assert cap.limits == [0.13]  # at which it was measured stable
+    assert cap.limits == [1.0]  # one of three
     cap.add(41, critical=0.05, relative=[1.0], used=[0.13], has_risen=True)  # a fall is followed at once
     assert apply(cap, 60.0, 42) == pytest.approx(0.05)
     assert apply(cap, 0.04, 43) == 0.04 and not cap.is_on  # the schedule's own
@@ -69,32 +69,41 @@ def test_a_rate_at_which_the_loss_fell_is_trusted_until_the_loss_rises_above_the
     read(0.2, is_falling=True)
     # The edge has come down to the rate: no danger. The rate has grown: danger.
     assert cap.factor([1.0], step=2) == cap.factor([TOLERANCE], step=2) == 1.0 and not cap.is_exceeded([1.0])
-    assert cap.factor([1.2], step=2) == pytest.approx(1.0 / 1.2) and cap.is_exceeded([1.2])
+    assert cap.factor([1.2], step=2) == pytest.approx(0.18 / 1.2) and cap.is_exceeded([1.2])
     read(3.0, has_risen=True)  # not because of the rate
     assert cap.trusted == [1.0]
     read(0.2, has_risen=True)
     assert cap.trusted == [0.0] and cap.factor([1.0], step=4) == pytest.approx(0.18)
     cap = RateCap(0.9, 1000)
-    read(0.5, is_falling=True)  # not stable
+    read(1.1, is_falling=True)  # not below its cap
     read(2.0)  # the loss has not fallen
+    read(2.0, is_falling=True, was_capped=True)
     assert cap.trusted == [0.0]
+    read(0.1, is_falling=True)
+    read(9.0, is_falling=True)  # the middle one of three decides
+    assert cap.trusted == [1.0]
 
 
-def test_a_run_that_was_capped_before_its_loss_had_fallen_trusts_no_rate():
-    cap = RateCap(1.0, 1000)
+def test_a_run_that_was_capped_trusts_no_rate_but_the_schedules():
+    cap, other = RateCap(1.0, 1000), RateCap(1.0, 1000)
     apply(cap, 0.5, 0)
     cap.add(0, critical=1.0, relative=[1.0], used=[0.5])
     assert apply(cap, 0.5, 1) == pytest.approx(START)  # of a rate below its cap
     for step in range(1, 80):
-        cap.add(step, critical=1.0, relative=[1.0], used=cap._used, is_falling=True)
+        assert cap.trusted == [0.0]
+        other.load_state_dict(cap.state_dict())  # nor after a checkpoint
+        cap.add(step, critical=1.0, relative=[1.0], used=cap._used, was_capped=cap.is_on, is_falling=True)
         rate = apply(cap, 0.5, step + 1)
-    assert rate == 0.5 and not cap.is_on and cap.is_proven and cap.trusted == [0.0]
-    cap.add(81, critical=0.2, relative=[1.0], used=[0.5], is_falling=True)
-    assert apply(cap, 0.5, 82) == pytest.approx(0.2) and cap.is_exceeded([0.5])
-    other = RateCap(1.0, 1000)
-    other.load_state_dict(cap.state_dict())
-    other.add(83, critical=9.0, relative=[1.0], used=[0.2], is_falling=True)
-    assert other.trusted == [0.0]  # nor after a checkpoint
+        if rate == 0.5:
+            break
+    assert 40 < step < 79 and not cap.is_on and cap.is_proven and cap.trusted == other.trusted == [0.0]
+    for each, is_falling, was_capped in ((cap, True, False), (other, True, True)):
+        each.add(81, critical=1.0, relative=[1.0], used=[0.5], was_capped=was_capped, is_falling=is_falling)
+    assert cap.trusted == [0.5] and other.trusted == [0.0]
+    for each in (cap, other):
+        for step in (82, 83):
+            each.add(step, critical=0.2, relative=[1.0], used=[0.5], was_capped=each is other, is_falling=True)
+    assert apply(cap, 0.5, 84) == 0.5 and apply(other, 0.5, 84) == pytest.approx(0.2) and other.is_exceeded([0.5])
 
 
 def test_readings_are_wanted_before_a_falling_critical_rate_comes_to_the_rate():

@@ -188,3 +188,15 @@ def test_what_was_named_and_cannot_be_measured_raises_before_the_first_step(run)
     with pytest.raises(ValueError, match="never cannot be measured: why"):
         run(StabilityCallback([Never()]), model=model)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_weights_that_a_callback_clips_after_each_step_are_noticed(run):
+    class Clipping(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for p in model.parameters():
+                p.data.clamp_(-0.03, 0.03)
+
+    callback = StabilityCallback(["mean_square_stability"], every_n_steps=3)
+    with pytest.warns(UserWarning, match="the weights are moved between the optimizer's step and the next batch"):
+        run(Clipping(), callback, accumulate=1)
+    assert all(map(math.isnan, callback.watch.history["stability/courant"].values))

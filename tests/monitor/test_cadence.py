@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lsp_callbacks import Monitor, Quantity, Snapshot, StabilityMonitor
-from lsp_callbacks.monitor.account import ADVANCE, HEADLINE
+from lsp_callbacks.monitor.account import ADVANCE, HEADLINE, SLOWEST
 from lsp_callbacks.monitor.budget import COUNTING
 from lsp_callbacks.monitor.cadence import Cadence
 from lsp_callbacks.monitor.choice import Choice
@@ -81,7 +81,10 @@ def paced(
     step_cost=1.0,
     counting=0.0,
 ):
-    """Steps at which each quantity starts; the first one is the headline number. ``look`` sees the account."""
+    """Steps at which each quantity starts; the first one is the headline number. ``look`` sees the account.
+
+    Costs are gradients by what they are spent on; two of them are those of the first measurement and of the others.
+    """
     cadence, found = Cadence(every, budget), {name: [] for name in costs}
     for name, length in zip(costs, [*lengths, *[1] * len(costs)]):
         cadence.add(name, weight=WEIGHTS.get(name, 1.0), length=length)
@@ -96,8 +99,12 @@ def paced(
             cadence.observed(step)
             wanted = [name for name in names if cadence.wants_price(name)]
             cadence.priced(
-                {name: costs[name] for name in wanted}, step_cost=step_cost, counting=counting * (step == begin)
-            )
+                {
+                    name: parts if isinstance(parts := costs[name], dict) else parts[min(cadence.paces[name].count, 1)]
+                    for name in wanted
+                },
+                step_cost=step_cost, counting=counting * (step == begin),
+            )  # fmt: skip
             names = cadence.starting(step)
             cadence.started(step, names)
             for name in names:
@@ -179,7 +186,7 @@ def test_nothing_is_asked_at_an_idle_step(monkeypatch):
 def test_the_headline_number_has_no_long_gap_whatever_the_others_cost(price, others, readings):
     costs = {"headline": {"rows": price}} | {f"other{i}": parts for i, parts in enumerate(others)}
     found = paced(costs, lambda step: readings[(step // 40) % len(readings)], steps=600)["headline"]
-    bound = max(math.ceil(price / (HEADLINE * 0.04)), 25)
+    bound = max(math.ceil(price / (HEADLINE * 0.04)), SLOWEST)
     assert all(b - a <= bound + 1 for a, b in pairwise([*found, 600]) if a > 100)
 
 
@@ -247,10 +254,56 @@ def test_the_first_thousand_steps_of_a_run(name, courant):
     assert 45 * step_cost < spent[-1] <= 55 * step_cost
 
 
+def with_first(headline, edge, norms, step, blocks=None, hooks=0.33, replay=0.49, modules=0.46):
+    """Prices of first measurements, and of those that start from them."""
+    shared = {"forward": replay, "hooks": hooks}
+    costs = {
+        "headline": [{"rows": price - hooks, "hooks": hooks} for price in headline],
+        "step": [{"after": price, "hooks": hooks} for price in step],
+        "norms": [{"norms": price, "modules": modules, **shared} for price in norms],
+        "edge": [{"edge": price, **shared} for price in edge],
+        "exponent": [{"edge": price, "window": 0.24, **shared} for price in edge],
+    }  # fmt: skip
+    return costs | ({} if blocks is None else {"blocks": [{"blocks": p, "modules": modules, **shared} for p in blocks]})
+
+
+#: What a step and measurements cost today, and the least readings of the headline number and of each other.
+TODAY = {
+    "MLP": (1.66, with_first((7.0, 1.1), (6.0, 4.6), (4.8, 1.0), (3.1, 1.6)), 40, 3),
+    "CNN": (1.15, with_first((6.9, 1.06), (4.2, 3.3), (3.3, 1.6), (2.1, 0.6), (3.7, 2.3), 0.07, 0.37, 0.33), 30, 1),
+}
+
+
+@pytest.mark.parametrize("name", TODAY)
+@pytest.mark.parametrize("courant", [0.2, 0.9])
+def test_all_are_measured_once_before_one_of_them_is_measured_again(name, courant):
+    """Near the edge, too: then the headline number takes half of what the others have."""
+    step_cost, costs, readings, least = TODAY[name]
+    spent = []
+    found = paced(
+        costs, lambda step: courant, step_cost=step_cost, lengths=[1, 2], counting=COUNTING,
+        look=lambda cadence, step: spent.append(cadence.account.spent),
+    )  # fmt: skip
+    headline = found.pop("headline")
+    assert len(headline) >= readings
+    assert max(b - a for a, b in pairwise([*headline, 1000]) if b > 100) <= 50
+    assert all(len(steps) >= (least if courant == 0.2 else 1) for steps in found.values())
+    last = max(steps[0] for steps in found.values())
+    assert all(len(steps) == 1 or steps[1] >= last for steps in found.values())
+    assert 45 * step_cost < spent[-1] <= 55 * step_cost
+
+
+def test_what_takes_too_long_to_pay_keeps_no_other_from_being_measured_again():
+    costs = {"headline": {"rows": 0.5}, "cheap": {"cheap": 0.5}, "dear": {"dear": 19.0}}
+    found = paced(costs, lambda step: 0.2, counting=COUNTING)
+    assert len(found["cheap"]) >= 3
+
+
 @pytest.mark.parametrize("price", [0.2, 0.5, 0.75, 1.5])
 def test_a_run_at_the_edge_from_its_first_step_on_is_measured_oftener(price):
+    """Once the others were measured, which takes some hundred steps where a reading is dear."""
     costs = COSTS | {"headline": {"rows": price}}
-    far, near = (len(paced(costs, lambda step: courant)["headline"]) for courant in (0.2, 0.9))  # noqa: B023
+    far, near = (len(paced(costs, lambda step: courant, steps=2000)["headline"]) for courant in (0.2, 0.9))  # noqa: B023
     assert near >= 1.15 * far and (price > 0.5 or near >= 1.5 * far)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lsp_callbacks.operators.sgd import graph_row_rules, layer_rules
+from lsp_callbacks.operators.sgd.graph_norms import BatchNormSite
 from lsp_callbacks.operators.sgd.graph_rows import GraphRows
 
 N = 6
@@ -210,3 +211,38 @@ def test_some_samples_show_how_inputs_and_outputs_of_a_convolution_go_together(m
         monkeypatch.setattr(layer_rules, "SPARSE", step)
         shares.append(read_twice(net, x, y, ["0.weight"])[1])
     assert 0 < (shares[1] - shares[0]).norm() < 0.02 * shares[0].norm()
+
+
+class Twice(nn.Module):
+    """Takes the outputs of a convolution beside their normalisation, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.alone = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), True
+        self.last = nn.Linear(144, 4)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(F.relu(self.norm(h) if self.alone else self.norm(h) + h).flatten(1))
+
+
+@pytest.mark.parametrize("is_only", [True, False])
+def test_sums_ahead_of_a_normalisation_are_those_behind_it_where_nothing_else_takes_its_input(monkeypatch, is_only):
+    torch.manual_seed(0)
+    net, x, y = Twice(), torch.randn(12, 2, 8, 8), torch.randint(0, 4, (12,))
+    net.alone = is_only
+    with torch.no_grad():
+        net.norm.weight.uniform_(-1, 2)
+    known = read_twice(net, x, y, ["first.weight"])[1]
+    sites = []
+    uses = BatchNormSite.uses
+
+    def without(site, g, samples):
+        sites.append(site.is_only)
+        site.is_only = False
+        return uses(site, g, samples)
+
+    monkeypatch.setattr(BatchNormSite, "uses", without)
+    gram = read_twice(net, x, y, ["first.weight"])[1]
+    assert known.norm() > 0 and (gram - known).norm() < 1e-5 * known.norm()
+    assert {*sites} == {is_only}

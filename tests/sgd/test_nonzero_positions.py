@@ -5,6 +5,7 @@ import torch
 
 from lsp_callbacks.operators.sgd.layer_rules import linear_uses
 from lsp_callbacks.operators.sgd.nonzero_positions import NonzeroPositions, nonzero_positions, uses_at_positions
+from lsp_callbacks.operators.sgd.reused_block import Block
 
 
 def causal(generator, n=5, length=7, width=4):
@@ -46,4 +47,4 @@ def test_uses_are_those_of_a_linear_map(transposed, passes):
     torch.testing.assert_close(uses["weight"].gradients(0, 5), brute)
     width = uses["weight"].width
     assert width == expected["weight"].width
-    torch.testing.assert_close(uses["weight"].entries(width, 3 * width), brute[..., width : 3 * width])
+    torch.testing.assert_close(uses["weight"].entries(width, 3 * width, Block()), brute[..., width : 3 * width])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.divided_step import path_tolerance, pieces_of
-from lsp_callbacks.step.flat import flatten
+from lsp_callbacks.step.flat import flatten, split
 from lsp_callbacks.step.replay import Replay
 from lsp_callbacks.step.replay_checks import check_gradient, check_loss
 from lsp_callbacks.step.snapshot import Snapshot
@@ -77,7 +79,7 @@ class GradientGraph:
 
         def rank_product() -> tuple[Tensor, Tensor]:
             try:
-                return self._through(whole, v, keep=True), v.new_zeros(())
+                return flatten(self._products(whole, v, keep=True), self._parameters).to(v.dtype), v.new_zeros(())
             except NoSecondDerivative as error:
                 reasons.append(str(error))
                 return torch.zeros_like(v), v.new_ones(())
@@ -88,26 +90,29 @@ class GradientGraph:
         return image
 
     def _in_pieces(self, v: Tensor) -> Tensor:
-        image, total = torch.zeros_like(v), torch.zeros_like(v)
+        image, total = torch.zeros_like(v), None if self._is_checked else torch.zeros_like(v)
         for piece in self._pieces:
             gradient = self._gradient(piece)
-            image += self._through(gradient, v, keep=False)
-            total += gradient.detach().to(v.dtype)
-        if not self._is_checked:
+            if total is not None:
+                total += gradient.detach().to(v.dtype)
+            for whole, part in zip(split(image, self._parameters), self._products(gradient, v, keep=False)):
+                whole += part.to_dense().to(v.dtype)
+            del gradient, part  # or the next piece would be formed beside them
+        if total is not None:
             check_gradient(self._snapshot, total, tolerance=10 * self._tolerance)
             self._is_checked = True
         return image
 
-    def _through(self, gradient: Tensor, v: Tensor, *, keep: bool) -> Tensor:
+    def _products(self, gradient: Tensor, v: Tensor, *, keep: bool) -> Sequence[Tensor]:
+        """Return ``H v`` of what a gradient belongs to, by parameter."""
         if not gradient.requires_grad:  # a loss linear in the parameters has no graph left
-            return torch.zeros_like(v)
+            return [torch.zeros_like(p) for p in self._parameters]
         try:
             with double_backward(self._snapshot.module):
-                parts = torch.autograd.grad(
+                return torch.autograd.grad(
                     gradient, self._parameters, v.to(gradient.dtype), retain_graph=keep, materialize_grads=True
                 )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # no second derivative is implemented
             raise NoSecondDerivative(str(error)) from None
-        return flatten(parts, self._parameters).to(v.dtype)

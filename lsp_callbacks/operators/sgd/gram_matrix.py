@@ -139,7 +139,7 @@ def tangent_kernel(
 
     Raises:
         Unmeasurable: the criterion is not convex in the outputs, or flat.
-        Unsupported: more rows would have to be formed than ``most_rows``.
+        Unsupported: more rows would have to be formed than ``most_rows``, or samples mix otherwise than by statistics.
 
     Cost: one forward pass over the probes and R backward passes to the outputs of layers; the check a whole backward
     pass; of tied ones ``N R`` over a part; ``n^2`` memory for K beside the activations.
@@ -218,7 +218,13 @@ def tangent_kernel(
         )
     rows_of = {name: ParameterGram() for name in unexplained}
     for index in range(len(probes.parts)) if unexplained else ():
-        evaluation, _, seeds = directions.evaluate(index)
+        evaluation, recorder, seeds = directions.evaluate(index)
+        if recorder is not None and recorder.mixes_samples(evaluation.outputs, seeds[0]):
+            raise Unsupported(
+                "the outputs of each sample depend on the other samples of its batch (a contrastive loss, negatives "
+                "from the batch): the loss is no mean over samples, and batches of other samples would have another "
+                "curvature; sharpness, courant_gd and lyapunov know that of the whole batch"
+            )
         add_rows(rows_of, evaluation.outputs, parameters, seeds, directions.taken.get(index, (None,))[0])
     for name, rowwise in rows_of.items():
         shares[name], path[name] = rowwise.gram(diagonal[name], memory, parameters[name].numel()), "rows"
@@ -293,7 +299,7 @@ class Check:
         self._weights: list[Tensor] = []
         #: Shares without a preconditioner, whose weights K takes by rows and columns, see `weighted_gram`.
         self.plain: dict[str, Tensor] = {}
-        self._backward = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self._backward: dict[str, Tensor] = {}
         #: The least precise type that the forward pass goes through: a module may cast by itself.
         self._least = next(iter(parameters.values())).dtype
         self._errors: dict[str, float] = {}
@@ -309,7 +315,8 @@ class Check:
             raise Unsupported(f"the outputs that the criterion takes do not reach the parameters: {HOW}")
         for name, g in zip(self._parameters, whole):
             if g is not None:
-                self._backward[name] += g.to_dense()
+                before = self._backward.get(name)
+                self._backward[name] = g.to_dense() if before is None else before + g.to_dense()
 
     def forget(self) -> None:
         """Compute anew what is expected."""
@@ -327,7 +334,7 @@ class Check:
 
     def _wrong(self, name: str, shares: dict[str, Tensor], rounding: float) -> float:
         """Return the error of ``c^T K c``, relative to its value, to its mean over c (the trace), or to rounding."""
-        expected = self._expected[name]
+        expected = self._expected.get(name, 0.0)
         if name not in shares:  # never reached, or not through a layer
             return math.inf if expected else 0.0
         share = self.plain.get(name, shares[name])
@@ -345,17 +352,17 @@ class Check:
         """Return the parameters whose share is not that of their gradient."""
         self.rounding = self._rounding(tied=tied is not None)
         allowed = 10 * tied.defect if tied is not None else 0.0
-        self._errors = {name: self._wrong(name, shares, self.rounding) for name in self._backward}
+        self._errors = {name: self._wrong(name, shares, self.rounding) for name in self._parameters}
         return [
             name
-            for name, g in self._backward.items()
-            if not self._errors[name] <= max(tolerance(g.dtype), tolerance(self._least), allowed)
+            for name, p in self._parameters.items()
+            if not self._errors[name] <= max(tolerance(p.dtype), tolerance(self._least), allowed)
         ]
 
     def require(self, name: str, share: Tensor) -> None:
         """Raise an error where the rows of a parameter, formed one by one, do not add up to its gradient."""
-        dtype = self._backward[name].dtype
-        if not math.isfinite(self._expected[name]) or not bool(share.isfinite().all()):
+        dtype = self._parameters[name].dtype
+        if not math.isfinite(self._expected.get(name, 0.0)) or not bool(share.isfinite().all()):
             raise Unmeasurable(f"the per-sample gradients of {name} leave the range of {dtype}")
         self._errors[name] = self._wrong(name, {name: share}, self.rounding)
         if not self._errors[name] <= max(tolerance(dtype), tolerance(self._least)):

@@ -16,7 +16,7 @@ class NormSite(Site):
     """A normalisation with scale and shift: its gradients are summed over positions at once."""
 
     def rows_of(self, g: Tensor, samples: Samples) -> Tensor:
-        rows = samples.rows(self.flat(self.normalised), self.axis)
+        rows = self.normalised_rows(samples)
         g = samples.gradient(self.flat(g), self.axis)
         return torch.stack([self.summed(g * rows), self.summed(g)], dim=1)
 
@@ -24,6 +24,10 @@ class NormSite(Site):
     def normalised(self) -> Tensor:
         """The normalised input, in the shape of the output."""
         raise NotImplementedError
+
+    def normalised_rows(self, samples: Samples) -> Tensor:
+        """Return it of the samples that have rows, ``(n, T, ...)``."""
+        return samples.rows(self.flat(self.normalised), self.axis)
 
     def summed(self, t: Tensor) -> Tensor:
         """Return the sum of ``(n, T, C, ...)`` over all but samples and channels."""
@@ -68,7 +72,16 @@ class GroupNormSite(NormSite):
 
 
 class BatchNormSite(NormSite):
-    """Over the batch, whose statistics are held fixed; ``(N, C, ...)``."""
+    """Over the batch, whose statistics are held fixed; ``(N, C, ...)``.
+
+    Attributes:
+        is_only: whether nothing else takes what it normalises.
+        sums: over positions of the gradients at its input, and of them times the normalised input, ``(n, R, C)``, of
+            the samples that have rows; None where something else has a part in these gradients.
+    """
+
+    is_only = False
+    sums: tuple[Tensor, Tensor] | None = None
 
     @property
     def ties(self) -> bool:
@@ -81,14 +94,29 @@ class BatchNormSite(NormSite):
             return saved["result1"](self.node), saved["result2"](self.node)
         return saved["running_mean"](self.node), (saved["running_var"](self.node) + saved["eps"](self.node)).rsqrt()
 
-    @cached_property
-    def normalised(self) -> Tensor:  # type: ignore[override]
-        """The normalised input of the whole batch."""
-        x = saved["input"](self.node)
-        mean, rstd = (t.view(1, -1, *[1] * (x.ndim - 2)) for t in self._statistics)
+    @property
+    def _factor(self) -> Tensor:
+        """From the gradients at its output to those at its input, ``(C,)``."""
+        weight, rstd = saved["weight"](self.node), self._statistics[1]
+        return rstd if weight is None else rstd * weight
+
+    def normalised_rows(self, samples: Samples) -> Tensor:
+        return self._normalised(samples.rows(self.flat(saved["input"](self.node)), self.axis))
+
+    def every(self, step: int) -> Tensor:
+        """Return the normalised input of every so many samples of the batch."""
+        return self._normalised(saved["input"](self.node)[::step])
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        behind = [1] * (saved["input"](self.node).ndim - 2)
+        mean, rstd = (t.view(-1, *behind) for t in self._statistics)
         return (x - mean).mul_(rstd)
 
+    def uses(self, g: Tensor, samples: Samples) -> dict[str, Use]:
+        if self.is_only:
+            factor = self._factor
+            self.sums = g[:, :, 1] * factor, g[:, :, 0] * factor
+        return super().uses(g, samples)
+
     def pulled(self, g: Tensor) -> list[Tensor | None]:
-        weight, rstd = saved["weight"](self.node), self._statistics[1]
-        factor = rstd if weight is None else rstd * weight
-        return [g * factor.view(1, -1, *[1] * (g.ndim - 2)), None, None]
+        return [g * self._factor.view(1, -1, *[1] * (g.ndim - 2)), None, None]

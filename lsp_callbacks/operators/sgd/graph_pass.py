@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -131,6 +133,11 @@ class GraphPass:
         self.lengths: list[int] = []
         self._norms: dict[Any, BatchNormSite] = {}
         self._head: list[tuple[LinearSite, Tensor, Tensor]] = []
+
+    @cached_property
+    def _takers(self) -> Counter[Any]:
+        """How many nodes take what each of them has made."""
+        return Counter(child for node in self.nodes for child, _ in node.next_functions)
 
     @property
     def uses(self) -> tuple[tuple[str | None, ...], ...]:
@@ -294,6 +301,7 @@ class GraphPass:
             self.lengths.append(len(site.flat(g)) // self.samples.count)
         if isinstance(site, BatchNormSite) and site.ties:
             self._norms[node.next_functions[0][0]] = site
+            site.is_only = self._takers[node.next_functions[0][0]] == 1
         if isinstance(site, LinearSite | ConvolutionSite):
             site.norm = self._norms.get(node)
 

@@ -180,7 +180,9 @@ class LinearSite(Site):
         if self.norm is not None and weight is not None:
             layer = samples.layers.get(self.weight)
             uses = (
-                None if layer is None else uses_ahead_of_norm(layer, x, g[:, :, 0], self.norm.normalised, samples.taken)
+                None
+                if layer is None
+                else uses_ahead_of_norm(layer, x, g[:, :, 0], self.norm.every, samples.taken, self.norm.sums)
             )
             if uses is None or self.transposed or len(x) != samples.count:
                 raise UnknownGraph("a linear map ahead of a normalisation has several positions")
@@ -228,7 +230,7 @@ class ConvolutionSite(Site):
         if self.norm is None:
             uses = layer_uses(self.layer, x[samples.taken], g)
         else:
-            uses = uses_ahead_of_norm(self.layer, x, g, self.norm.normalised, samples.taken)
+            uses = uses_ahead_of_norm(self.layer, x, g, self.norm.every, samples.taken, self.norm.sums)
         if uses is None:
             raise UnknownGraph(f"no rule covers {type(self.layer).__name__}")
         return named_uses(uses, self.names[1], self.names[2])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsp_callbacks.autograd._torch_internals import padding_amounts
+from lsp_callbacks.operators.sgd.reused_block import Block
 from lsp_callbacks.operators.sgd.some_units import Units
 
 #: Of the samples of a batch every so many, at most, show how outputs and inputs of a convolution go together, and so
@@ -21,8 +22,6 @@ SPARSE, POSITIONS = 4, 1024
 FEW_CHANNELS = 0.5
 #: Per-sample gradients of samples lo to hi, ``(hi - lo, R, P)``: R output directions, P entries of the parameter.
 Gradients = Callable[[int, int], Tensor]
-#: Entries lo to hi of the per-sample gradients of all samples, ``(N, R, hi - lo)``.
-Entries = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,10 @@ class Table:
 
     index: Tensor
     g: Tensor
+
+
+#: Entries lo to hi of the per-sample gradients of all samples, ``(N, R, hi - lo)``, which a block may hold.
+Entries = Callable[[int, int, Block], Tensor]
 
 
 @dataclass(frozen=True)
@@ -160,9 +163,9 @@ def _entries(order: str, a: Tensor, g: Tensor, *, transposed: bool) -> Entries:
     outer, inner = (a, g) if transposed else (g, a)
     width = inner.shape[-1]
 
-    def entries(lo: int, hi: int) -> Tensor:
+    def entries(lo: int, hi: int, block: Block) -> Tensor:
         some = outer[..., lo // width : hi // width]
-        return torch.einsum(order, *((g, some) if transposed else (some, a))).flatten(2)
+        return block.product(order, *((g, some) if transposed else (some, a)))
 
     return entries
 
@@ -190,8 +193,8 @@ def row_uses(a: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Use
     def gradients(lo: int, hi: int) -> Tensor:
         return torch.einsum(order, g[lo:hi, None], a[lo:hi, None]).flatten(2)
 
-    def entries(lo: int, hi: int) -> Tensor:
-        return _entries(order, a[:, None], g[:, None], transposed=transposed)(lo, hi)
+    def entries(lo: int, hi: int, block: Block) -> Tensor:
+        return _entries(order, a[:, None], g[:, None], transposed=transposed)(lo, hi, block)
 
     width = (g if transposed else a).shape[-1]
     return {
@@ -203,7 +206,7 @@ def row_uses(a: Tensor, g: Tensor, *, transposed: bool = False) -> dict[str, Use
 def dense(values: Tensor) -> Use:
     """Return the use whose gradients, ``(N, R, ...)``, are held as they are."""
     flat = values.flatten(2)
-    return Use(lambda lo, hi: flat[lo:hi], flat.shape[1], entries=lambda lo, hi: flat[:, :, lo:hi], values=flat)
+    return Use(lambda lo, hi: flat[lo:hi], flat.shape[1], entries=lambda lo, hi, _: flat[:, :, lo:hi], values=flat)
 
 
 @layer_uses.register(nn.Conv1d)
@@ -252,7 +255,7 @@ def table_use(table: Table, entries: int) -> Use:
         place = index[lo:hi, None, :, None].expand(n, rows, -1, width)
         return whole.scatter_add_(2, place, g[lo:hi]).flatten(2)
 
-    def some_entries(lo: int, hi: int) -> Tensor:
+    def some_entries(lo: int, hi: int, block: Block) -> Tensor:
         n, rows, _, width = g.shape
         first, last = lo // width, hi // width
         sample, place = ((index >= first) & (index < last)).nonzero(as_tuple=True)
@@ -289,7 +292,12 @@ def _(layer: nn.BatchNorm2d, x: Tensor, g: Tensor) -> dict[str, Use] | None:
 
 
 def uses_ahead_of_norm(
-    layer: nn.Module, x: Tensor, g: Tensor, normalised: Tensor, taken: Tensor | None = None
+    layer: nn.Module,
+    x: Tensor,
+    g: Tensor,
+    normalised: Callable[[int], Tensor],
+    taken: Tensor | None = None,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Use] | None:
     """Return the uses of the weight of a layer whose outputs are normalised over the batch: through its statistics.
 
@@ -302,27 +310,29 @@ def uses_ahead_of_norm(
         layer: a linear layer or a convolution; None is returned for others.
         x: its input, of the whole batch.
         g: the gradients at its output with the statistics held fixed, of the samples that have rows, ``(N, R, ...)``.
-        normalised: y, of the whole batch.
+        normalised: from a number s to y of every s-th sample of the batch.
         taken: indices of the samples that have rows; None is all.
+        sums: over positions of g and of ``g y``, ``(N, R, C)``, where they are known.
     """
     inputs = x if taken is None else x[taken]
     if is_linear(layer) and x.ndim == 2:
-        split, y = g[:, :, None, :, None], normalised[:, None, :, None]
-        mean, slope = x.mean(0)[None], (normalised.T @ x)[None] / len(x)
+        groups, split = 1, g[:, :, None, :, None]
+        mean, slope = x.mean(0)[None], (normalised(1).T @ x)[None] / len(x)
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and x.ndim == len(layer.kernel_size) + 2:
-        groups, count = layer.groups, normalised[:, 0].numel()
-        split = g.reshape(*g.shape[:2], groups, -1, g.shape[3:].numel())
-        y = normalised.reshape(len(x), groups, -1, split.shape[-1])
-        ones = normalised.new_ones(1, groups, *normalised.shape[2:])
+        groups, count = layer.groups, len(x) * g.shape[3:].numel()
+        split = g.flatten(3).unflatten(2, (groups, -1))
+        ones = g.new_ones(1, groups, *g.shape[3:])
         mean = _weight_gradient(layer, x.sum(0, keepdim=True), ones).view(groups, -1) / count  # of the sum, once
         step = min(SPARSE, max(1, count // POSITIONS))
-        some = normalised[::step]
+        some = normalised(step)
         slope = _weight_gradient(layer, x[::step], some).view(groups, layer.out_channels // groups, -1)
         slope = slope / some[:, 0].numel()
     else:
         return None
-    y = y if taken is None else y[taken]
-    shift, scale = split.sum(-1), (split * y[:, None]).sum(-1)  # (N, R, G, o)
+    if sums is None:
+        y = normalised(1) if taken is None else normalised(1)[taken]
+        sums = split.sum(-1), (split * y.reshape(len(y), 1, *split.shape[2:])).sum(-1)
+    shift, scale = (t.unflatten(2, (groups, -1)) if t.ndim == 3 else t for t in sums)  # (N, R, G, o)
 
     def gradients(lo: int, hi: int) -> Tensor:
         if is_linear(layer):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.operators.sgd.layer_rules import Use, dense
+from lsp_callbacks.operators.sgd.reused_block import Block
 from lsp_callbacks.operators.sgd.some_units import Units
 
 #: Share of the positions up to which they are held alone: below it a copy of them is worth its time.
@@ -74,10 +75,10 @@ def uses_at_positions(
     def of_all() -> Tensor:
         return stacked()
 
-    def entries(lo: int, hi: int) -> Tensor:
+    def entries(lo: int, hi: int, block: Block) -> Tensor:
         if transposed:
-            return torch.einsum(order, of_all(), a[..., lo // width : hi // width]).flatten(2)
-        return torch.einsum(order, stacked(slice(lo // width, hi // width)), a).flatten(2)
+            return block.product(order, of_all(), a[..., lo // width : hi // width])
+        return block.product(order, stacked(slice(lo // width, hi // width)), a)
 
     def sizes() -> tuple[Tensor, Tensor]:
         held = [(g if isinstance(g, Tensor) else g.values).flatten(0, -2).square().sum(0) for g in passes]

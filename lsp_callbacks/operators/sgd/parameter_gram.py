@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lsp_callbacks.operators.sgd.layer_rules import Outer, Table, Use, at_positions, dense
+from lsp_callbacks.operators.sgd.reused_block import Block
 from lsp_callbacks.operators.sgd.some_units import FEW_ENTRIES, TakenUnits, take_units
 from lsp_callbacks.operators.sgd.weighted_gram import weighted_gram
 
@@ -63,9 +64,10 @@ class Part:
         first, *others = (use.gradients(lo, hi) for use in self.uses)
         return sum(others, first)
 
-    def entries(self, lo: int, hi: int) -> Tensor:
-        """Return entries lo to hi of the gradients of all samples, ``(N R, hi - lo)``."""
-        first, *others = (use.entries(lo, hi) for use in self.uses if use.entries is not None)
+    def entries(self, lo: int, hi: int, blocks: Sequence[Block]) -> Tensor:
+        """Return entries lo to hi of the gradients of all samples, ``(N R, hi - lo)``, in a block for each use."""
+        pairs = zip(self.uses, blocks)
+        first, *others = (use.entries(lo, hi, block) for use, block in pairs if use.entries is not None)
         return sum(others, first).flatten(0, 1)
 
     def tensors(self) -> tuple[int, list[Any]] | None:
@@ -185,19 +187,24 @@ class ParameterGram:
     def blocks(self, root: Tensor | None, entries: int) -> Iterator[tuple[int, Tensor]]:
         """Yield some entries of all gradients after the other, ``(N R, b)`` times the root, and where they begin.
 
-        No more is held at once than stays in the processor's cache; what cannot be divided comes in one piece.
+        No more is held at once than stays in the processor's cache; what cannot be divided comes in one piece. Each
+        overwrites the one before.
         """
         widths = [part.width for part in self.parts]
+        is_held = len(widths) == 1 and (None in widths or any(use.values is not None for use in self.parts[0].uses))
+        memory = [[Block() for _ in part.uses] for part in self.parts]
         size = math.lcm(*(width or entries for width in widths))
         step = max(1, BLOCK // max(self.rows * size, 1)) * size
         for lo in range(0, entries, step):
             hi = min(lo + step, entries)
             some = [
-                part.gradients(0, part.samples).flatten(0, 1) if width is None else part.entries(lo, hi)
-                for part, width in zip(self.parts, widths)
+                part.gradients(0, part.samples).flatten(0, 1) if width is None else part.entries(lo, hi, held)
+                for part, width, held in zip(self.parts, widths, memory)
             ]
             block = wide(torch.cat(some) if len(some) > 1 else some[0])
-            yield lo, block if root is None else block * root[lo:hi]
+            if root is not None:
+                block = block * root[lo:hi] if is_held else block.mul_(root[lo:hi])
+            yield lo, block
 
     def _dense(self, scale: Tensor | None, memory: int, entries: int) -> Tensor:
         root = None if scale is None else scale.sqrt().reshape(-1)

@@ -70,8 +70,13 @@ class RowSeed:
 
 def whole_seeds(seeds: list[RowSeed], weights: Tensor, outputs: Tensor) -> Tensor:
     """Return the sum of several seeds, times one number for each sample ``(N, R)``, of the outputs' shape."""
-    first, *others = (seed.scaled(w).whole(outputs) for seed, w in zip(seeds, weights.unbind(1)))
-    return sum(others, first)
+    if outputs.shape[1] == 1 or any(seed.position is None for seed in seeds):
+        first, *others = (seed.scaled(w).whole(outputs) for seed, w in zip(seeds, weights.unbind(1)))
+        return sum(others, first)
+    total, samples = torch.zeros_like(outputs), torch.arange(len(outputs))  # one for all: there may be a vocabulary
+    for seed, w in zip(seeds, weights.unbind(1)):
+        total[samples, seed.position] += seed.scaled(w).values
+    return total
 
 
 @dataclass(frozen=True)
@@ -258,6 +263,27 @@ class Recorder:
         held = samples if taken is None else len(taken)
         return {name: Part(held, of_name) for name, of_name in uses.items()}
 
+    def mixes_samples(self, outputs: Tensor, seed: RowSeed) -> bool:
+        """Return whether the first sample's outputs depend on what a layer returned for other samples.
+
+        Layers whose first axis may be another one than the samples (a table, positions before samples) are left out.
+
+        Args:
+            outputs: of the network.
+            seed: of a row of each sample.
+
+        Cost: a backward pass to the outputs of layers.
+        """
+        n, whole = len(outputs), seed.whole(outputs)
+        alone = torch.zeros_like(whole)
+        alone[0] = whole[0]
+        layers = [call for call in self.calls if not isinstance(call.module, nn.Embedding)]
+        tensors = [t for call in layers for t in call.differentiable if t.ndim and len(t) == n and t.shape[1:2] != (n,)]
+        if not tensors:
+            return False
+        of_first = torch.autograd.grad(outputs, tensors, alone, retain_graph=True, allow_unused=True)
+        return any(g is not None and bool(g[1:].any()) for g in of_first)
+
     def _norm_after(self, call: Call) -> Call | None:
         """Return the normalisation over the batch that takes what a call returns, or that the call itself is."""
         if call.module in self._held:
@@ -339,7 +365,7 @@ def _by_rule(
     if norm is call:
         return channel_uses(_some(norm.normalised, taken), some), call, passes
     if norm is not None:
-        through = uses_ahead_of_norm(call.module, call.args[0], some, norm.normalised, taken)
+        through = uses_ahead_of_norm(call.module, call.args[0], some, lambda step: norm.normalised[::step], taken)
         if through is not None:
             return through, call, passes
     return (call.module, _some(call.args[0], taken), some), call, passes

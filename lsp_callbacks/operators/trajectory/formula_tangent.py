@@ -74,8 +74,10 @@ class FormulaTangent:
 
     def image(self, block: str, along: Mapping[str, Tensor]) -> Tensor:
         """Return the change of one block of the state after the step, for changes of blocks before it."""
-        like = next(iter(along.values()))
-        image = torch.zeros_like(like)
+        return self.add_image(block, along, torch.zeros_like(next(iter(along.values()))))
+
+    def add_image(self, block: str, along: Mapping[str, Tensor], image: Tensor) -> Tensor:
+        """Add what `image` returns to a vector, and return that."""
         for part in self.parts:
             for name, derivative in part.derivatives.get(block, {}).items():
                 if name in along:

@@ -144,7 +144,11 @@ class _Scaled:
 def _rest(step: FormulaTangent, blocks: Sequence[str], along: Mapping[str, _Scaled]) -> Tensor:
     """Return the direction in which blocks of the optimizer's state move along a change."""
     products = {name: part.product for name, part in along.items()}
-    return unit(torch.cat([step.image(name, products) for name in blocks]))
+    rest = next(iter(products.values())).new_zeros(len(blocks) * step.length)
+    for name, part in zip(blocks, rest.split(step.length)):
+        step.add_image(name, products, part)
+    del products
+    return unit(rest)
 
 
 class _Reader:

@@ -66,7 +66,7 @@ def _adam(at: State, group: Group, t: float) -> dict[str, Linear]:
     by_root = mean.mul_(divided).mul_(rate / (1 - moment.keep**t) ** 0.5).mul_(divided).mul_(slope_of_root(nu))
     divided.mul_(rate)
     theta = combined(
-        (kept, itself("theta")), (-1.0, {k: divided * v for k, v in new["exp_avg"].items()}), (by_root, by_nu)
+        (kept, itself("theta")), (1.0, {k: divided * -v for k, v in new["exp_avg"].items()}), (by_root, by_nu)
     )
     return {"theta": theta} | new
 

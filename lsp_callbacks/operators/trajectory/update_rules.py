@@ -283,7 +283,10 @@ def combined(*terms: tuple[float | Tensor, Linear]) -> Linear:
     total: Linear = {}
     for factor, form in terms:
         for name, derivative in form.items():
-            term = factor if isinstance(derivative, float) and derivative == 1 else factor * derivative
+            if isinstance(factor, float) and factor == 1:
+                term = derivative
+            else:
+                term = factor if isinstance(derivative, float) and derivative == 1 else factor * derivative
             total[name] = total[name] + term if name in total else term
     return {name: value for name, value in total.items() if not isinstance(value, float | int) or value != 0}
 
@@ -310,7 +313,7 @@ def slope_of_root(nu: Tensor) -> Tensor:
 
     At 0 the gradient has always vanished, and to first order nu, being its square, does not change.
     """
-    return reciprocal(root(nu)).mul_(0.5)
+    return root(nu).reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0).mul_(0.5)
 
 
 def reciprocal(size: Tensor) -> Tensor:

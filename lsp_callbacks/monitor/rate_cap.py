@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Readings of which the lowest counts.
+#: Readings of which the lowest counts, or the middle one.
 RECENT = 3
 #: A rate within so many times below its cap is near: readings are wanted.
 NEAR = 2.0
@@ -31,8 +31,9 @@ class RateCap:
     eigenvalues of ``(R P)^1/2 H (R P)^1/2`` are monotone in R, so that smaller rates are no less stable. A group that
     had no rate at the reading is not known, and sets no limit.
 
-    - **A fall is followed at once.** The critical rate is the lowest of the last three readings, which scatter: what
-      was only scatter is over after three.
+    - **A fall is followed at once** before the loss has fallen, and when it rises: the critical rate is the lowest of
+      the last three readings. While the loss falls it is the middle one: single readings scatter, at times to a tenth,
+      and where a fall is true, the next reading, which is wanted some steps later, says so, too.
     - **A rise has to be confirmed.** A capped rate grows by 3 % from one update to the next, and by 30 % beyond the
       rate at which the last reading was taken: the critical rate itself depends on the rate, as a network moves to
       places that are flat enough for it, which takes steps. So does a rate that was never used, after a jump.
@@ -40,11 +41,11 @@ class RateCap:
       steps. There a rate that the run began with is capped from a quarter of its cap on, and begins at a tenth of the
       cap: a warm-up whose length is decided by measurement. One that grows, as in a warm-up of the user's, grows by 3 %
       from one update to the next.
-    - **A rate that was measured stable while the loss fell is trusted**, and no higher than by 10 % it is not capped,
-      until the loss rises while the Courant number is above ``1 / safety``: where the rate stays and the critical one
-      comes down to it, training goes on at the edge of stability, and is healthy. Nor does a cap fall below it, or each
-      lower rate would bring the critical one down further. A run that was capped before its loss had fallen trusts no
-      rate: its schedule is known to be too high, and the loss also falls at rates that train worse.
+    - **A rate of the schedule that was measured stable while the loss fell is trusted**: one that was below its cap and
+      not lowered. No higher than by 10 % it is not capped, until the loss rises while the Courant number is above
+      ``1 / safety``: where the rate stays and the critical one comes down to it, training goes on at the edge of
+      stability, and is healthy. A lowered rate is never trusted: the cap has chosen it, and the loss also falls at
+      rates that train worse.
 
     Args:
         safety: share of the critical rates that is allowed.
@@ -78,7 +79,6 @@ class RateCap:
         self._used: list[float] = []  # rates of the last update
         self._first: list[float] = []  # those of the first update
         self._used_step = -1
-        self._was_early = False  # whether a cap was on before the loss had fallen
         self.step, self.is_on, self.is_proven = -1, False, False
 
     def add(
@@ -88,6 +88,7 @@ class RateCap:
         critical: float,
         relative: Sequence[float],
         used: Sequence[float] = (),
+        was_capped: bool = False,
         only_lower: bool = False,
         is_falling: bool = False,
         has_risen: bool = False,
@@ -99,6 +100,7 @@ class RateCap:
             critical: the largest stable rate of the group with the highest one.
             relative: rates of all groups, relative to the highest.
             used: rates of all groups that the step has used.
+            was_capped: whether these are lower than the schedule's.
             only_lower: whether the reading is not to be trusted where it allows more than the last one, which is then
                 taken once more.
             is_falling: whether the loss has fallen since the start, and has not risen since.
@@ -114,13 +116,13 @@ class RateCap:
         self._read_at, self.is_proven = list(used), self.is_proven or is_falling
         if len(self.trusted) != len(reading):
             self.trusted = [0.0] * len(reading)
-        is_stable = all(self.safety * rate <= limit for rate, limit in zip(used, reading))
-        if is_falling and is_stable and used and not self._was_early:
+        middle = (len(self._readings) - 1) // 2 if self.is_proven and not has_risen else 0
+        self.limits = [self.safety * sorted(group)[middle] for group in zip(*self._readings)]
+        is_below = all(rate <= limit for rate, limit in zip(used, self.limits))
+        if is_falling and used and is_below and not was_capped:
             self.trusted = [max(pair) for pair in zip(self.trusted, used)]
-        elif has_risen and not is_stable:
+        elif has_risen and any(self.safety * rate > critical for rate, critical in zip(used, reading)):
             self.trusted = [0.0] * len(reading)
-        limits = [self.safety * min(group) for group in zip(*self._readings)]
-        self.limits = [max(pair) for pair in zip(limits, self.trusted)]
 
     def factor(self, rates: Sequence[float], *, step: int) -> float:
         """Return by what the rates of a coming update are to be multiplied: 1 where they may stay.
@@ -146,7 +148,6 @@ class RateCap:
         """Note the rates that an update uses."""
         self._used, self._used_step = list(used), step
         self._first = self._first or self._used
-        self._was_early = self._was_early or (self.is_on and not self.is_proven)
 
     def next_reading(self, rates: Sequence[float]) -> float:
         """Return the step at which the next reading is wanted; infinite where that of the budget is early enough.
