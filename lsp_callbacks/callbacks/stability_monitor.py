@@ -273,7 +273,8 @@ class StabilityMonitor(RunResults, Callback):
             self._publisher.update_age(self._rest.end_step(trainer, outputs))
             return
         if self._loop.has_unseen_update(seen=self.observer.updates > 0):
-            self.observer.lose_updates(trainer.optimizers[0])
+            with self.monitor.errors.warn_instead_of_raise("the optimizer's steps are not seen"):
+                self.observer.require(trainer.optimizers[0])
         if self._loop.run.updates_elsewhere:
             self.observer.settle()
             self._before_update(trainer, pl_module, trainer.optimizers[0])

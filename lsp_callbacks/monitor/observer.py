@@ -110,9 +110,9 @@ class StepObserver:
                 self.monitor.errors.warn_instead_of_raise,
             )  # fmt: skip
             for player in self.game.players():
-                self._require(player.optimizers[player.name], player=player)
+                self.require(player.optimizers[player.name], player=player)
         else:
-            self._require(optimizers[0] if optimizers else None, steps=steps)
+            self.require(optimizers[0] if optimizers else None, steps=steps)
 
     def attach(self, loop: TrainingLoop) -> None:
         """Observe a loop from now on, and forget what a run before, which may have been interrupted, has left."""
@@ -124,9 +124,10 @@ class StepObserver:
         self._between.reset()
         self._results.forget()
 
-    def _require(
+    def require(
         self, optimizer: torch.optim.Optimizer | None, *, player: Player | None = None, steps: float = math.inf
     ) -> None:
+        """Skip what cannot be measured on such steps, when training begins, or when their updates are not seen."""
         loop = self.loop
         coming = Snapshot(self.step, loop.module, never, optimizer, run=loop.run, clipping=loop.clipping, player=player)
         self.monitor.require(coming, steps=steps)
@@ -253,13 +254,6 @@ class StepObserver:
             self._pending.settle(self.loop.module.parameters())
             self._has_moved = True
 
-    def lose_updates(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Measure no more what needs the optimizer's steps, which turned out not to be seen."""
-        try:
-            self._require(optimizer)
-        except Unmeasurable as error:  # of what the user has named, in the middle of training
-            self.monitor.errors.caught("the optimizer's steps are not seen", error)
-
     def skip_update(self) -> None:
         """Let go of a step that is not taken."""
         self._pending = None
@@ -330,9 +324,7 @@ class StepObserver:
         def seen(pending: PendingStep, optimizer: torch.optim.Optimizer) -> Snapshot:
             return pending.snapshot(
                 self.step, optimizer, gradient_scale=gradient_scale, clipping=clipping, scale=scale, room=room,
-                previous=self.previous,
-                loss=None if self._has_moved else own_loss,
-                own_loss=own_loss,
+                previous=self.previous, loss=None if self._has_moved else own_loss, own_loss=own_loss,
                 probes=self.probes.probe_set(pending, loss, context=context) if self.probes.wanted else None,
                 samples_of_step=partial(self.probes.samples_of_step, pending, loss, context=context),
                 other_loss=lambda source: pending.other_loss(source, loop.on_device),

@@ -20,7 +20,7 @@ from lsp_callbacks.quantities.curvature.along_update import AlongUpdate
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify_gradient
-from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.snapshot import BeforeStep, Snapshot
 from lsp_callbacks.step.taken_step import TakenStep
 
 #: The largest error by rounding that is accepted.
@@ -113,7 +113,7 @@ class CourantStep(AlongUpdate):
                 loss, flat = replayed_gradient(snapshot)
             gradient: dict[str, Tensor | None] = {**dict(zip(parameters, split(flat, [*parameters.values()])))}
             if before is not None and before.loss is None:
-                before = before._replace(loss=loss)
+                before = BeforeStep(before.weights, loss)
             snapshot = replace(snapshot, loss=loss, gradient=gradient, before=before)
         return TakenStep(snapshot, check=is_checked)
 
