@@ -204,6 +204,13 @@ def wide():
     return nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
 
 
+ADAM = partial(Sharded, partial(torch.optim.AdamW, lr=0.05))
+
+
+def wide_parallel():
+    return TensorParallel(net=wide())
+
+
 def plain_strategy(**sizes):
     sizes = {"data_parallel_size": WORLD, "tensor_parallel_size": 1} | sizes
     return {"strategy": ModelParallelStrategy(process_group_backend="gloo", **sizes), "devices": WORLD}
@@ -287,14 +294,19 @@ def core(rank):
     found["plain"], found["sharded"] = pair(Sharded, StabilityMonitor(NAMES, every_n_steps=3), plain=plain)
     found["ddp"] = trained(Sharded, StabilityMonitor(NAMES, every_n_steps=3), **plain, **DDP)
     found["no room"] = without_room(Sharded, ["mean_square_stability", "sharpness", "lyapunov"], plain)
+    found["AdamW no room"] = without_room(ADAM, ["sharpness", "lyapunov"], plain | {"max_steps": 8})
     found["forward"] = failing("forward", plain)
+    everything = {"loader": DataLoader(dataset(), 2 * BATCH), "max_steps": 8}
+    found["tensor parallel"] = without_room(
+        wide_parallel, ["sharpness", "lyapunov"], everything, data_parallel_size=1, tensor_parallel_size=WORLD
+    )
     return found
 
 
-def without_room(make, names, plain, every=3):
+def without_room(make, names, plain, every=3, **sizes):
     """A run in which the whole weights do not fit."""
     with mock.patch.object(PendingStep, "whole", side_effect=Unsupported("no room")):
-        return trained(make, StabilityMonitor(names, every_n_steps=every), **plain, **plain_strategy())
+        return trained(make, StabilityMonitor(names, every_n_steps=every), **plain, **plain_strategy(**sizes))
 
 
 class Collectives(Callback):
@@ -328,7 +340,7 @@ def more(rank):
     found["healthy"] = trained(partial(FailsOnce, "never"), **plain | {"max_steps": 8}, **plain_strategy())
     for place in ("before", "forward", "backward"):
         found[place] = failing(place, plain)
-    never = without_room(partial(FailsOnce, "backward"), ["sharpness"], plain | {"max_steps": 8}, every=2)
+    never = without_room(partial(FailsOnce, "backward"), ["sharpness", "lyapunov"], plain | {"max_steps": 8}, every=2)
     found["backward without room"] = never
     found["plain state"], found["state"] = pair(
         Remembers, StabilityMonitor(SHARDS_ALONE, every_n_steps=2), plain=plain | {"max_steps": 8}
@@ -363,15 +375,14 @@ def parallel(net, mesh):
 
 
 def modes(rank):
-    adam = partial(Sharded, partial(torch.optim.AdamW, lr=0.05))
     plain, found = {"loader": shares(rank), "max_steps": 8}, {}
 
     def both(name, make, names=NAMES, settings=None, **sizes):
         ours = StabilityMonitor(list(names), every_n_steps=3)
         found[f"{name} plain"], found[name] = pair(make, ours, plain=plain | (settings or {}), **sizes)
 
-    both("AdamW", adam)
-    found["AdamW ddp"] = trained(adam, StabilityMonitor(list(NAMES), every_n_steps=3), **plain, **DDP)
+    both("AdamW", ADAM)
+    found["AdamW ddp"] = trained(ADAM, StabilityMonitor(list(NAMES), every_n_steps=3), **plain, **DDP)
     both("clipped", Sharded, settings={"gradient_clip_val": 0.05})
     both("accumulated", Sharded, settings={"accumulate_grad_batches": 2})
     both("HSDP", partial(OnMesh, (WORLD, 1)))
@@ -381,20 +392,26 @@ def modes(rank):
     both("at once", AtOnce)
     both("tokens", Tokens, [name for name in NAMES if name != "residual_cfl"])
     both("offloaded", partial(Sharded, offload_policy=CPUOffloadPolicy(pin_memory=False)))
-    both("kinked", Kinked, ["sharpness"])
+    both("kinked", Kinked, ["sharpness", "lyapunov"])
     clipped = plain | {"gradient_clip_val": 0.05}
-    for name, make, settings in (("AdamW", adam, plain), ("clipped", Sharded, clipped), ("kinked", Kinked, plain)):
-        found[f"{name} without room"] = without_room(make, ["sharpness"], settings)
+    for name, make, settings in (("AdamW", ADAM, plain), ("clipped", Sharded, clipped), ("kinked", Kinked, plain)):
+        found[f"{name} without room"] = without_room(make, ["sharpness", "lyapunov"], settings)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     both("mixed", lambda: Sharded(net=made(torch.float32), mp_policy=policy),
          settings={"loader": shares(rank, dtype=torch.float32)})  # fmt: skip
     everything = {"loader": DataLoader(dataset(), 2 * BATCH), "max_steps": 8}
     names = [name for name in NAMES if name != "residual_cfl"]  # there is no block
-    both("tensor parallel", lambda: TensorParallel(net=wide()), names, everything,
+    both("tensor parallel", wide_parallel, names, everything,
          data_parallel_size=1, tensor_parallel_size=WORLD)  # fmt: skip
+    found["tensor parallel without room"] = without_room(
+        wide_parallel, ["sharpness", "lyapunov"], everything, data_parallel_size=1, tensor_parallel_size=WORLD
+    )
     for name, sizes, loader in (("two by one", (WORLD, 1), {}), ("one by two", (1, WORLD), everything)):
         both(name, lambda: BothWays(net=wide()), names, loader, data_parallel_size=sizes[0],
              tensor_parallel_size=sizes[1])  # fmt: skip
+        found[f"{name} without room"] = without_room(
+            lambda: BothWays(net=wide()), ["sharpness", "lyapunov"], plain | loader, data_parallel_size=sizes[0],
+            tensor_parallel_size=sizes[1])  # fmt: skip
     fabric = Fabric(
         accelerator="cpu", devices=WORLD,
         strategy=FabricModelParallel(parallel, data_parallel_size=WORLD, tensor_parallel_size=1),

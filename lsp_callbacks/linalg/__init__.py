@@ -12,6 +12,7 @@ from lsp_callbacks.linalg.operator import (
     norm,
     norms,
     power_iteration,
+    total_norm,
     unit,
 )
 from lsp_callbacks.linalg.operator_norm import norm_upper, operator_norm, top_between
@@ -46,5 +47,6 @@ __all__ = [
     "spectral_radius",
     "spectrum_bounds",
     "top_between",
+    "total_norm",
     "unit",
 ]

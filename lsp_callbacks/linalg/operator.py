@@ -47,12 +47,14 @@ class LinearOperator:
 
     def dots(self, vectors: Sequence[Tensor], other: Tensor) -> Tensor:
         """Return the inner products of some vectors of its domain with another one."""
-        values = torch.stack([torch.dot(v, other) for v in vectors])
-        return values if self.parts is None else self.parts.total(values)
+        if self.parts is None:
+            return torch.stack([torch.dot(v, other) for v in vectors])
+        other = self.parts.once(other)
+        return self.parts.total(torch.stack([torch.dot(v, other) for v in vectors]))
 
     def norm(self, v: Tensor) -> Tensor:
         """Return the norm of a vector of its domain, in float64."""
-        return norm(v) if self.parts is None else self.parts.total(norm(v).square()[None])[0].sqrt()
+        return norm(v) if self.parts is None else total_norm(v, self.parts)
 
     def __matmul__(self, other):
         if isinstance(other, Tensor):
@@ -168,6 +170,11 @@ def inner(a: Tensor, b: Tensor) -> float:
         if _LEAST < abs(product) < HIGH:
             return product
     return float(a.double() @ b.double())
+
+
+def total_norm(v: Tensor, parts: VectorParts) -> Tensor:
+    """Return the `norm` of a vector of which this process holds a part; the same on all processes."""
+    return parts.total(norm(parts.once(v, 0.5)).square()[None])[0].sqrt()
 
 
 def norms(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -131,6 +131,11 @@ class Snapshot:
         return {name: p for name, p in trained.items() if self.player.holds(p)}
 
     @property
+    def size(self) -> int:
+        """How many numbers the trainable parameters have, on all processes together."""
+        return sum(p.numel() for p in self.unsplit.parameters.values())
+
+    @property
     def unsplit(self) -> Snapshot:
         """The same step with the parameters that the optimizer holds, where they are spread; otherwise itself."""
         return self if self.held is None else _unsplit(self)

@@ -193,7 +193,7 @@ def _finite_difference(
     held = with_held_slopes(snapshot) if snapshot.graph.kinked else None
     if snapshot.held is not None:
         products_so_far(snapshot).differences = label("finite difference, shards", snapshot)
-        return shard_hessian(held or snapshot, products_so_far(snapshot), weight, relative=relative)
+        return shard_hessian(held or snapshot, products_so_far(snapshot), weight, relative=relative, both=both)
     differences = Differences(held or snapshot, gradient, weight, relative=relative, both=both)
     products = products_so_far(snapshot)
     path = label("finite difference, slopes held" if held else "finite difference", snapshot)

@@ -247,15 +247,17 @@ def may_share_products(snapshot: Snapshot) -> bool:
 
     Cost: nothing.
     """
-    if step_constants(snapshot).sign < 0 or snapshot.held is not None or snapshot.gradient is None:
+    if step_constants(snapshot).sign < 0 or snapshot.gradient is None:
         return False
     decay = coupled_decay(snapshot)
-    return not isinstance(decay, Tensor) and not decay and sum(p.numel() for p in snapshot.parameters.values()) > FEW
+    return not isinstance(decay, Tensor) and not decay and snapshot.size > FEW
 
 
 def _shares_products(snapshot: Snapshot, root: Root) -> bool:
-    is_tensor = isinstance(root, Tensor) and may_share_products(snapshot)
-    return is_tensor and bool((root > 0).all()) and bool(root.isfinite().all())  # type: ignore[union-attr]
+    if not (isinstance(root, Tensor) and may_share_products(snapshot)):
+        return False
+    stays = not (bool((root > 0).all()) and bool(root.isfinite().all()))
+    return not (stays if snapshot.held is None else snapshot.run.ranks.any_true(stays, "whether each parameter moves"))
 
 
 def _mode(snapshot: Snapshot, rule: FrozenRule, steepest: Top, root: Tensor | float, value: Tensor) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsp_callbacks.autograd.spread_tensors import local
 from lsp_callbacks.operators.trajectory.optimizer_input import clipped_gradient
 from lsp_callbacks.operators.trajectory.update_rules import Coupled, Group, Linear, formula
 from lsp_callbacks.step.flat import flatten
@@ -130,9 +131,10 @@ def formula_tangent(snapshot: Snapshot, *, initialised: bool = False) -> Formula
     blocks_of_group = {id(group): rule.blocks(group) for group in optimizer.param_groups}
     ranges: dict[tuple, list[tuple[int, int]]] = {}
     options: dict[tuple, Group | None] = {}
+    originals = snapshot.unsplit.parameters
     for name, p in snapshot.parameters.items():
         start, end = end, end + p.numel()
-        group, state = groups[name], _state(optimizer, p)
+        group, state = groups[name], _state(optimizer, originals[name])
         still = group is None or (snapshot.gradient is not None and snapshot.gradient[name] is None)
         wanted = blocks if still or group is None else blocks_of_group[id(group)]
         present = tuple(block for block in wanted if initialised or state.get(block) is not None)
@@ -170,7 +172,7 @@ def has_state(snapshot: Snapshot) -> bool:
     rule, gradient = formula(optimizer), snapshot.gradient
     return all(
         _state(optimizer, p).get(block) is not None
-        for name, p in snapshot.parameters.items()
+        for name, p in snapshot.unsplit.parameters.items()
         if (group := groups[name]) is not None and (gradient is None or gradient[name] is not None)
         for block in rule.blocks(group)
     )
@@ -196,8 +198,9 @@ class _Before(Mapping[str, Tensor]):
         elif name == THETA:
             values = flatten(parameters, parameters)
         else:
-            optimizer = self.snapshot.require_optimizer()
-            values = flatten([_state(optimizer, p).get(name) for p in parameters], parameters)
+            optimizer, originals = self.snapshot.require_optimizer(), self.snapshot.unsplit.parameters.values()
+            state = [_state(optimizer, p).get(name) for p in originals]
+            values = flatten([None if t is None else local(t) for t in state], parameters)
         flat = self.part.of(values.detach()).to(torch.promote_types(parameters[0].dtype, torch.float32))
         return flat if self.shape is None else flat.view(self.shape)
 

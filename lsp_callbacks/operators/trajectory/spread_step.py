@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from lsp_callbacks.autograd.graph_pull import UnknownGraph
 from lsp_callbacks.autograd.spread_tensors import spread_like
 from lsp_callbacks.step.snapshot import Snapshot, computed_once
@@ -41,6 +43,12 @@ def clip_factor(snapshot: Snapshot) -> float:
         return 1.0
     if snapshot.clipping.kind == "value":
         raise UnknownGraph("numbers of the gradient are clipped one by one")
+    return float(snapshot.clipping.factor(gradient_size(snapshot)[None]))
+
+
+@computed_once
+def gradient_size(snapshot: Snapshot) -> Tensor:
+    """Return the norm of the gradient of a step with shards, before it is clipped. Cost: an all-reduce."""
+    assert snapshot.gradient is not None and snapshot.run.shards is not None
     squares = {name: g.double().square().sum() for name, g in snapshot.gradient.items() if g is not None}
-    size = snapshot.run.shards.total(squares, "the norm of the gradient").sqrt()
-    return float(snapshot.clipping.factor(size[None]))
+    return snapshot.run.shards.total(squares, "the norm of the gradient").sqrt()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lsp_callbacks.linalg import inner, unit
-from lsp_callbacks.operators.curvature.hessian import Method
+from lsp_callbacks.linalg import inner, total_norm, unit
+from lsp_callbacks.linalg.vector_parts import VectorParts
+from lsp_callbacks.operators.curvature.hessian import Method, hessian
+from lsp_callbacks.operators.parts_of_shards import parts_of_vectors
 from lsp_callbacks.operators.trajectory.formula_tangent import (
     GRADIENT,
     THETA,
@@ -32,11 +35,13 @@ class PlaneStep:
         drift: what ``V^+ A V`` would be at a fixed gradient, ``(k, k)``, float64 on the CPU.
         curvature: what the change of the gradient adds to it.
         rest: direction of what else the optimizer remembers; empty or 0 where there is nothing.
+        remembers: whether there is something; of shards, on any process.
     """
 
     drift: Tensor
     curvature: Tensor
     rest: Tensor
+    remembers: bool
 
     @property
     def whole(self) -> Tensor:
@@ -58,7 +63,8 @@ def step_on_plane(
 
     A is a diagonal by blocks but for ``H v``, so that each entry is a sum of inner products of the mode, of ``H v``,
     and of the rest, weighted by the formula's derivatives; under SGD these are numbers, and ``<mode, H v>`` is all that
-    depends on the step. A prox after the step is applied to the reading direction, by its adjoint.
+    depends on the step. A prox after the step is applied to the reading direction, by its adjoint. Of shards each
+    process has its parts of all vectors.
 
     Args:
         snapshot: the step, before its update.
@@ -74,28 +80,32 @@ def step_on_plane(
 
     Cost: one Hessian product, or none; no gradient beside it.
     """
+    parts = parts_of_vectors(snapshot)
     places, blocks = 1 if buffer_scale is None else 2, state_blocks(snapshot)
     names, others = (THETA, *blocks)[:places], blocks[places - 1 :]
     if eigenvalue is None:
-        change = _Scaled(1.0, clipped_change(snapshot, accurate_hessian(snapshot, method) @ (root * mode)))
+        H = accurate_hessian(snapshot, method) if parts is None else hessian(snapshot, method=method, weight=root)
+        change = _Scaled(1.0, clipped_change(snapshot, H @ (root * mode)))
     else:
         change = _Scaled(eigenvalue * root, mode)
     step = formula_tangent(snapshot)
     if rest is None:
-        rest = _rest(step, others, {THETA: _Scaled(root, mode), GRADIENT: change}) if others else mode[:0]
+        rest = _rest(step, others, {THETA: _Scaled(root, mode), GRADIENT: change}, parts) if others else mode[:0]
     scales = (root,) if buffer_scale is None else (root, buffer_scale)
     columns = [{name: _Scaled(scale, mode)} for name, scale in zip(names, scales)]
-    rows = [{name: _Scaled(scale, mode, inverse=True)} for name, scale in zip(names, scales)]
+    reading = mode if parts is None else parts.once(mode)
+    rows = [{name: _Scaled(scale, reading, inverse=True)} for name, scale in zip(names, scales)]
     if snapshot.run.prox is not None:
         rows[0] = {THETA: _Scaled(1.0, (proximal_jacobian(snapshot).T @ rows[0][THETA].product).to(mode))}
-    if bool(rest.any()):
+    if remembers := snapshot.run.ranks.any_true(bool(rest.any()), "what is remembered") if parts else bool(rest.any()):
         held = {name: _Scaled(1.0, part) for name, part in zip(others, rest.split(step.length))}
-        columns, rows = [*columns, held], [*rows, held]
-    read = _Reader(step)
+        readers = held if parts is None else {name: replace(h, base=parts.once(h.base)) for name, h in held.items()}
+        columns, rows = [*columns, held], [*rows, readers]
+    read = _Reader(step, parts)
     drift = read.entries(rows, columns)
     curvature = torch.zeros_like(drift)
     curvature[:, :1] = read.entries(rows, [{GRADIENT: change}])
-    return PlaneStep(drift, curvature, rest)
+    return PlaneStep(drift, curvature, rest, remembers)
 
 
 def needs_product(snapshot: Snapshot) -> bool:
@@ -141,26 +151,32 @@ class _Scaled:
         return id(self if isinstance(self.scale, Tensor) else self.base)
 
 
-def _rest(step: FormulaTangent, blocks: Sequence[str], along: Mapping[str, _Scaled]) -> Tensor:
+def _rest(
+    step: FormulaTangent, blocks: Sequence[str], along: Mapping[str, _Scaled], parts: VectorParts | None
+) -> Tensor:
     """Return the direction in which blocks of the optimizer's state move along a change."""
     products = {name: part.product for name, part in along.items()}
     rest = next(iter(products.values())).new_zeros(len(blocks) * step.length)
     for name, part in zip(blocks, rest.split(step.length)):
         step.add_image(name, products, part)
     del products
-    return unit(rest)
+    if parts is None:
+        return unit(rest)
+    size = math.hypot(*(float(total_norm(part, parts)) for part in rest.split(step.length)))
+    return rest / size if size else rest
 
 
 class _Reader:
     """Inner products through the derivative of a step, in float64; those of whole vectors are computed once."""
 
-    def __init__(self, step: FormulaTangent):
-        self.step = step
+    def __init__(self, step: FormulaTangent, parts: VectorParts | None):
+        self.step, self.parts = step, parts
         self.products: dict[tuple[int, int, int], float] = {}
 
     def entries(self, rows: Sequence[Mapping[str, _Scaled]], columns: Sequence[Mapping[str, _Scaled]]) -> Tensor:
         """Return ``<row, A column>`` of each pair, ``(rows, columns)``."""
-        return torch.tensor([self._entries(row, columns) for row in rows], dtype=torch.float64)
+        entries = torch.tensor([self._entries(row, columns) for row in rows], dtype=torch.float64)
+        return entries if self.parts is None else self.parts.total(entries)
 
     def _entries(self, row: Mapping[str, _Scaled], columns: Sequence[Mapping[str, _Scaled]]) -> list[float]:
         readers = {block: reader.vector for block, reader in row.items()}

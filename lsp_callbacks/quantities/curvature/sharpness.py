@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import choice
-from lsp_callbacks.errors import Unmeasurable, Unsupported
+from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.operators.cost import followed_cost, forward_cost, lanczos_cost
 from lsp_callbacks.operators.curvature.followed_top import MOST, followed_top, products_taken
 from lsp_callbacks.operators.curvature.hessian import Method, hessian, resolved
@@ -29,11 +29,10 @@ from lsp_callbacks.operators.curvature.top_eigenvalue import bounded_top
 from lsp_callbacks.operators.memory import product_memory
 from lsp_callbacks.operators.trajectory.coming_preconditioner import DRAWS, gradients_missing
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import coupled_decay, step_constants
-from lsp_callbacks.operators.trajectory.spread_step import clip_factor
 from lsp_callbacks.quantities.base import Quantity, scalar
+from lsp_callbacks.quantities.curvature.whole_or_shards import whole_or_shards
 from lsp_callbacks.quantities.key import CURVATURE, PREFIX, Key, relative_bar
 from lsp_callbacks.step.snapshot import Snapshot
-from lsp_callbacks.step.whole_copy import rounded_to
 
 #: Products at most where the error bar is a bound, with an earlier vector and without, and the bar at which they stop.
 _BOUNDED_WARM, _BOUNDED_COLD, _TOLERANCE = 7, 12, 0.1
@@ -122,7 +121,7 @@ def _top_cost(snapshot: Snapshot, method: Method, warm: bool, bounded: bool, run
 
 
 def _size(snapshot: Snapshot) -> int:
-    return sum(p.numel() for p in snapshot.parameters.values())
+    return snapshot.size
 
 
 def alignment_memory(snapshot: Snapshot, method: Method, *, bounded: bool = False) -> dict[str, float]:
@@ -222,14 +221,7 @@ class Sharpness(Quantity):
 
     def view(self, snapshot: Snapshot) -> Snapshot:
         """Return a step on whole parameters, or the shards themselves where there is no room for these."""
-        try:
-            return super().view(snapshot)
-        except Unsupported:
-            is_clipped_one_by_one = snapshot.clipping is not None and snapshot.clipping.kind == "value"
-            if self.bounded or is_clipped_one_by_one or rounded_to(snapshot.module) is not None:
-                raise
-            clip_factor(snapshot)  # while all processes are here: later the first one asks for it alone
-            return snapshot
+        return whole_or_shards(snapshot, needs_whole=self.bounded)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         warm = bool(self._starts)

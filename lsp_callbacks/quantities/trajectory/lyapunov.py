@@ -17,11 +17,14 @@ from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, decided, path_taken, products_so_far, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import has_own_run, threshold_constant
 from lsp_callbacks.operators.footprint import footprint
+from lsp_callbacks.operators.trajectory.coming_preconditioner import gradients_missing
 from lsp_callbacks.operators.trajectory.formula_tangent import has_state
 from lsp_callbacks.operators.trajectory.frozen_preconditioner import step_constants
 from lsp_callbacks.operators.trajectory.step_on_plane import needs_product, step_on_plane
+from lsp_callbacks.operators.trajectory.update_rules import formula_of
 from lsp_callbacks.quantities.base import scalar
 from lsp_callbacks.quantities.curvature.sharpness import alignment_memory, measured_mode, mode_cost
+from lsp_callbacks.quantities.curvature.whole_or_shards import whole_or_shards
 from lsp_callbacks.quantities.key import NATS, PREFIX, Key
 from lsp_callbacks.quantities.trajectory.windowed import Windowed
 from lsp_callbacks.step.snapshot import Snapshot
@@ -89,12 +92,21 @@ class Lyapunov(Windowed):
         super().__init__(method)
         whole("window", window, 1), whole("average", average, 1)
         self.window, self.average = window, average
-        self._path = "exact"
+        self._path, self._is_part = "exact", False
         self.add_state("windows", default=torch.empty(0, dtype=torch.float64), persistent=True)
         self.add_state("spans", default=torch.empty(0, 2, dtype=torch.float64), persistent=True)
 
     def check(self, snapshot: Snapshot) -> None:
         threshold_constant(step_constants(snapshot))  # the alignment needs an edge
+
+    def view(self, snapshot: Snapshot) -> Snapshot:
+        """Return a step on whole parameters, or the shards themselves where there is no room for these."""
+        couples = snapshot.optimizer is not None and (rule := formula_of(snapshot.optimizer)) and rule.couples
+        return whole_or_shards(snapshot, needs_whole=bool(couples) or snapshot.run.prox is not None)
+
+    def warm_up(self, snapshot: Snapshot) -> int:
+        """Return how many gradients the preconditioner still lacks: that of one batch says nothing of the next."""
+        return gradients_missing(snapshot)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
         method, rule = resolved(snapshot, self.method), step_constants(snapshot)
@@ -121,7 +133,8 @@ class Lyapunov(Windowed):
         The first step of a run, in which no momentum exists yet, is none of the window.
         """
         self.complete = False
-        is_new = not self._continues(snapshot)
+        is_new = not self._continues(snapshot) or self._frame["in_parts"] != (snapshot.held is not None)
+        self._is_part = snapshot.held is not None
         frame = self._aligned(snapshot) if is_new else self._frame
         if is_new and not has_state(snapshot):
             self._frame = frame
@@ -140,7 +153,7 @@ class Lyapunov(Windowed):
             self._frame = frame | window | {"eigenvalue": None}
             return
         self._frame = {}
-        remembers = bool(rest.any())
+        remembers = step.remembers
         exponent = window_exponent(maps, rest=remembers)
         if math.isnan(exponent):  # a NaN would hide the next windows
             raise Unmeasurable("the pushed direction is not finite: the weights or the loss have overflowed")
@@ -169,6 +182,9 @@ class Lyapunov(Windowed):
         if aligned.eigenvalue is not None and not needs_product(snapshot) and has_state(snapshot):
             eigenvalue, below = map(float, aligned.eigenvalue)
             above = below if self.window == 1 else max(below, above)
+        if snapshot.held is not None and needs_product(snapshot):
+            # No exact product takes over, and that of the step is as accurate as those of the alignment.
+            below, above = below + float(aligned.accuracy), above + float(aligned.accuracy)
         return {
             "root": aligned.root,
             "buffer_scale": aligned.buffer_scale,
@@ -181,7 +197,12 @@ class Lyapunov(Windowed):
             "curvatures": [],
             "rough": False,
             "step": snapshot.step,
+            "in_parts": snapshot.held is not None,
         }
+
+    def vectors(self) -> dict[str, Any]:
+        """Return what is carried to the next steps; nothing of it where it is this process's part alone."""
+        return {} if self._is_part else super().vectors()
 
     def path(self, snapshot: Snapshot) -> str:
         return self._path
