@@ -80,6 +80,7 @@ class Counts:
     Attributes:
         said: before it, by `Quantity.cost`.
         counted: in it.
+        skipped: why it was left out; empty if it was not.
     """
 
     said: list[float] = field(default_factory=list)
@@ -88,6 +89,7 @@ class Counts:
     work: Work | None = None
     spent: float = 0.0
     reading: float = 0.0
+    skipped: str = ""
 
     def watch(self, quantity: Quantity) -> None:
         """Count inside of the quantity's methods from now on."""
@@ -155,6 +157,7 @@ def compare(training: Training, name: str, rounds: int = 3) -> Counts:
         enable_progress_bar=False, enable_model_summary=False, callbacks=[monitor],
     )  # fmt: skip
     trainer.fit(training.module(), training.loader())
+    counts.skipped = monitor.monitor.skipped.get(name, "")
     return counts
 
 

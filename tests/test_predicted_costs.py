@@ -29,11 +29,21 @@ def test_a_price_is_right_within_a_factor_of_one_and_a_half(counted, network, na
         assert 1 / 1.5 < said / found < 1.5
 
 
+GPT2_MEASURES = ["spectral_norm", "residual_cfl", "mean_square_stability", "courant_step"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["spectral_norm", "residual_cfl", "sharpness", "mean_square_stability", "courant_step"]
-)
+@pytest.mark.parametrize("name", GPT2_MEASURES)
 def test_no_default_measurement_takes_longer_than_twenty_steps_on_gpt2(counted, name):
-    """124 M parameters, batch 2, T = 64, from a configuration; what is left out is not counted."""
+    """124 M parameters, batch 2, T = 64, from a configuration."""
     counts = counted["compare"](counted["TRAININGS"]["GPT-2 124 M"], name, 1)
-    assert all(found <= 20 for found in counts.counted)
+    assert not counts.skipped and len(counts.counted) == 1
+    assert counts.counted[0] <= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sharpness", "lyapunov"])
+def test_what_does_not_fit_beside_gpt2_is_left_out_before_it_starts(counted, name):
+    """Hessian products take several vectors over all parameters, 0.5 GB each; training itself has four."""
+    counts = counted["compare"](counted["TRAININGS"]["GPT-2 124 M"], name, 1)
+    assert "beside training" in counts.skipped and not counts.counted

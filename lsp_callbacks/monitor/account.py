@@ -20,7 +20,7 @@ HEADLINE = 0.64
 SLOWEST, ROUND = 29, 250
 #: Steps of the others' rates that a first measurement is waited for, before which none of them is measured again.
 PATIENCE = 500
-#: Part of the rates of others that goes to the headline number near the edge, once they were measured.
+#: Part of the rates of others that goes to the headline number near the edge.
 TAKEN = 0.5
 #: Steps of training whose cost may be spent, beside the budget, on readings that a cap wants; it comes back as the
 #: budget does.
@@ -132,7 +132,7 @@ def rates(
         paces: of all quantities that are measured, by name.
         income: gradients at each step, for all of them.
         headline: name of the quantity that comes first.
-        near: a `nearness`: part of what the others have goes to the headline number, once they were measured.
+        near: a `nearness`: part of what the others have goes to the headline number.
         step_cost: gradients that a step of training takes.
     """
     prices = {
@@ -152,8 +152,6 @@ def rates(
     rest = {name: need * min(1.0, free / least) + more * roots[name] / total for name, need in needs.items()}
     if headline is None:
         return rest
-    if awaited(paces, needs, free):
-        near = 0.0
     taken = near * (TAKEN if rest else 1.0)
     return {name: (1 - taken) * rate for name, rate in rest.items()} | {headline: whole + taken * free}
 

@@ -74,7 +74,7 @@ class Cadence:
     The *headline number* (``stability/courant``) comes first: its rate is put by for it, and what it needs for its
     first readings is left to it. Far from the edge of stability it is measured once in ``1 / budget`` steps, if its
     rate allows that, and the others have what it leaves, see `rates`. Near the edge it takes half of the others' rates,
-    and what is saved beyond a round of them, once all of these were measured. So its gap is never longer than
+    from the first step on, and what is saved beyond a round of them. So its gap is never longer than
     ``max(price / rate, 1 / budget)``.
 
     The others take turns, the one that has waited for most of its periods first; none is measured a second time before

@@ -15,8 +15,8 @@ from lsp_callbacks.autograd._torch_internals import tree_map
 from lsp_callbacks.autograd.graph import Graph, joined, read
 from lsp_callbacks.autograd.stop_gradients import StopGradients
 from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import norm
-from lsp_callbacks.step.flat import flatten, loss_and_gradient
+from lsp_callbacks.step.compared_gradients import check_gradient, dense, factor
+from lsp_callbacks.step.flat import loss_and_gradient
 
 if TYPE_CHECKING:
     from lsp_callbacks.step.snapshot import Snapshot
@@ -253,7 +253,7 @@ def check_loss(snapshot: Snapshot, replayed: Tensor, *, tolerance: float = 0.0) 
         if (name := snapshot.run.loss_name) is not None:
             raise Unmeasurable(
                 f"the loss could not be replayed: at step {snapshot.step} {name} gives {again.item():.9g}, "
-                f"where the step itself differentiates {loss.item():.9g}{_factor(loss / again)}"
+                f"where the step itself differentiates {loss.item():.9g}{factor(loss / again)}"
             )
         raise Unmeasurable(
             f"the loss could not be replayed: step {snapshot.step} had {loss.item():.9g}, its replay "
@@ -280,7 +280,7 @@ def replayed_gradient(snapshot: Snapshot) -> tuple[Tensor, Tensor]:
     return losses[0].detach(), gradient
 
 
-def _mean_gradient(snapshot: Snapshot, of_rank: Callable[[], tuple[Tensor]]) -> tuple[Tensor, ...]:
+def _mean_gradient(snapshot: Snapshot, of_rank: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Return the mean of the ranks' gradients; with shards each rank's part is of the mean already."""
     ranks = snapshot.run.ranks
     return (ranks.mean if snapshot.run.shards is None else ranks.each)(of_rank, "the gradient")
@@ -295,67 +295,23 @@ def verify_gradient(snapshot: Snapshot) -> None:
     Cost: one gradient.
     """
     if not snapshot.verified.gradient:
+        parameters = list(snapshot.parameters.values())
+        losses: list[Tensor] = []
         if snapshot.loss is None or snapshot.verified.loss:
-            _, gradient = replayed_gradient(snapshot)
             full = snapshot.graph.full
         else:
-            losses: list[Tensor] = []
             snapshot.verified.graph = _verify(snapshot, losses)
             full = snapshot.verified.graph.full
-            parameters = list(snapshot.parameters.values())
 
-            def rank_gradient() -> tuple[Tensor]:
-                return (flatten(torch.autograd.grad(losses.pop(), parameters, allow_unused=True), parameters),)
+        def rank_gradient() -> tuple[Tensor, ...]:
+            with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                loss = losses.pop() if losses else snapshot.replay()
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            return tuple(dense(g, p) for g, p in zip(gradients, parameters))
 
-            (gradient,) = _mean_gradient(snapshot, rank_gradient)
-        check_gradient(snapshot, gradient, tolerance=1e-2 if full else 0.1)
+        # Parameter by parameter: flat vectors would be as large as the weights, and there may be little room.
+        check_gradient(snapshot, _mean_gradient(snapshot, rank_gradient), tolerance=1e-2 if full else 0.1)
         snapshot.verified.gradient = True
-
-
-def check_gradient(snapshot: Snapshot, replayed: Tensor, *, tolerance: float = 1e-2) -> None:
-    """Refuse a step whose gradient is not that of its replayed loss.
-
-    Args:
-        snapshot: the step; without a gradient of its own nothing is checked.
-        replayed: the flat gradient of the replayed loss.
-        tolerance: relative, in norm.
-
-    Raises:
-        Unmeasurable: if they differ, or the step's gradient is not finite or below the normal range.
-    """
-    gradient = snapshot.flat_gradient
-    if gradient is None:
-        return
-    size = norm(gradient)
-    if not bool(size.isfinite()):
-        raise Unmeasurable(f"the gradient of step {snapshot.step} is not finite")
-    if 0 < float(size) < torch.finfo(gradient.dtype).tiny:  # numbers that have lost their digits
-        raise Unmeasurable(
-            f"the gradient of step {snapshot.step} is below the range of {gradient.dtype}: scale the loss"
-        )
-    if not bool(norm(gradient - replayed) <= tolerance * size):
-        raise Unmeasurable(_difference(gradient.double(), replayed.double(), snapshot.run.loss_name))
-
-
-def _difference(gradient: Tensor, replayed: Tensor, name: str | None) -> str:
-    if name is None:
-        return "the step's gradient is not that of its loss: a hook changed it, or several backward passes were summed"
-    norms = torch.linalg.vector_norm(gradient), torch.linalg.vector_norm(replayed)
-    cosine = float((gradient @ replayed) / (norms[0] * norms[1]))
-    return (
-        f"the step's gradient is not that of its loss: its norm is {float(norms[0]):.4g}, that of the gradient of "
-        f"{name} {float(norms[1]):.4g}, their cosine {cosine:.4f}"
-        f"{_factor(norms[0] / norms[1]) if cosine > 0.9999 else ''}. {name} must return what the step "
-        "differentiates, the sum where there are several backward passes; or the gradient was changed after them"
-    )
-
-
-def _factor(ratio: Tensor) -> str:
-    """Return advice where a ratio is one over a whole number, otherwise nothing."""
-    whole = round(1 / float(ratio)) if 1e-4 < float(ratio) < 0.9 else 0
-    if whole < 2 or abs(whole * float(ratio) - 1) > 1e-3:
-        return ""
-    return f", {whole} times less: if the loss is divided by the number of batches in a step, pass accumulate={whole}"
 
 
 def without_step_values(snapshot: Snapshot) -> Snapshot:

@@ -87,9 +87,8 @@ class TakenStep:
         gradient, self._gradient = self._gradient, None
         if gradient is None:
             return None
-        # Tensor by tensor: a flat update would be as large as the weights, and there may be little room.
         parts = {
-            name: _dot(g, p.detach() - before)
+            name: _slope(g, p.detach(), before)
             for name, g, p, before in zip(self._names, gradient, self._parameters, self._before)
             if g is not None
         }
@@ -120,6 +119,8 @@ class TakenStep:
                     after.extend(stack.enter_context(restored(self._parameters)))
                 if after and multiple == 1:
                     shift(self._parameters, after, after, 0.0)
+                elif after and multiple == 0:
+                    shift(self._parameters, self._before, self._before, 0.0)
                 elif after:
                     shift(self._parameters, self._before, (a - b for a, b in zip(after, self._before)), multiple)
                 with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
@@ -155,12 +156,18 @@ class TakenStep:
         return (again, 0.0) if is_replayed else (before, self._tolerance)
 
 
+def _slope(gradient: Tensor, after: Tensor, before: Tensor) -> Tensor:
+    """Return ``g . (after - before)`` in float64, piece by piece: there may be no room for a difference of weights."""
+    pieces = zip(*(x.reshape(-1).split(PIECE) for x in (gradient, after, before)))
+    parts = [_dot(g, p - p_before) for g, p, p_before in pieces]
+    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=gradient.device)
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return an inner product in float64: of long float32 vectors the sum of those of pieces, without longer copies."""
-    if a.dtype is not torch.float32 or b.dtype is not torch.float32 or not a.numel():
-        return (a.double() * b.double()).sum()
-    pieces = zip(a.reshape(-1).split(PIECE), b.reshape(-1).split(PIECE))
-    return torch.stack([torch.dot(*pair) for pair in pieces]).sum(dtype=torch.float64)
+    """Return an inner product in float64; of at most `PIECE` float32 numbers without longer copies."""
+    if a.dtype is torch.float32 and b.dtype is torch.float32:
+        return torch.dot(a, b).double()
+    return (a.double() * b.double()).sum()
 
 
 def _copied(gradient: Tensor | None) -> Tensor | None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable
+from lsp_callbacks.step.compared_gradients import check_gradient
 from lsp_callbacks.step.flat import flatten, split
-from lsp_callbacks.step.replay_checks import check_gradient, replayed_gradient
+from lsp_callbacks.step.replay_checks import replayed_gradient
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Relative difference of a player's gradient from its replay's: rounding, but not what another player's update does.

@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from itertools import accumulate
 
 import harness
 import optimizer_zoo
@@ -14,8 +15,9 @@ from problems import Quadratic, close, dense_hessian, freeze, regression, symmet
 from scipy.integrate import quad
 from torch import nn, optim
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
-from lsp_callbacks import CourantStep, Monitor, StabilityMonitor, Unmeasurable
+from lsp_callbacks import CourantStep, Monitor, Snapshot, StabilityMonitor, Unmeasurable
 from lsp_callbacks.functional import courant_step
 from lsp_callbacks.loops import Watch
 
@@ -364,3 +366,30 @@ def test_a_gradient_scaler_that_leaves_a_step_out_gives_no_reading():
         scaler.step(sgd)
         scaler.update()
     assert len(watched) == 4 and all(0 < value < 1 for value in watched)
+
+
+@pytest.mark.parametrize("check_every", [1, 10**6])
+def test_two_vectors_over_all_parameters_are_held_at_most(check_every):
+    """Beside a large model there is room for no more: weights and gradient before the update, or weights after it."""
+    net = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(4)))
+    x, metric = torch.randn(2, 512), CourantStep(check_every=check_every)
+    sgd, size = optim.SGD(net.parameters(), lr=0.1), sum(p.numel() * p.element_size() for p in net.parameters())
+    most = []
+    for step in range(2):
+        net.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        gradient = {name: p.grad for name, p in net.named_parameters()}
+        snapshot = Snapshot(
+            step, net, lambda: net(x).square().mean(), optimizer=sgd, loss=loss.detach(), gradient=gradient
+        )
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            metric.update(snapshot)
+            sgd.step()
+            metric.after_update()
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        live = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+        most.append(max(live) / size)
+    assert bool(metric.compute()[KEY].isfinite())
+    assert max(most) < 2.1
+    assert 0.9 < most[-1] / (sum(metric.memory(snapshot).values()) / size) < 1.1

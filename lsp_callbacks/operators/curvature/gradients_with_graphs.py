@@ -10,9 +10,10 @@ from torch import Tensor
 from lsp_callbacks.autograd.double_backward import double_backward
 from lsp_callbacks.linalg import norm
 from lsp_callbacks.operators.divided_step import path_tolerance, pieces_of
+from lsp_callbacks.step.compared_gradients import check_gradient
 from lsp_callbacks.step.flat import flatten, split
 from lsp_callbacks.step.replay import Replay
-from lsp_callbacks.step.replay_checks import check_gradient, check_loss
+from lsp_callbacks.step.replay_checks import check_loss
 from lsp_callbacks.step.snapshot import Snapshot
 
 

@@ -14,11 +14,9 @@ from lsp_callbacks.autograd._torch_internals import padding_amounts
 from lsp_callbacks.operators.sgd.reused_block import Block
 from lsp_callbacks.operators.sgd.some_units import Units
 
-#: Of the samples of a batch every so many, at most, show how outputs and inputs of a convolution go together, and so
-#: many positions at least.
+#: One in so many samples, and so many positions at least, show how outputs and inputs of a convolution go together.
 SPARSE, POSITIONS = 4, 1024
-#: Per-sample gradients of a convolution are one of many groups where its outputs have this share of a channel's
-#: positions, at most.
+#: Per-sample gradients of a convolution are one of many groups up to this share of outputs in a channel's positions.
 FEW_CHANNELS = 0.5
 #: Per-sample gradients of samples lo to hi, ``(hi - lo, R, P)``: R output directions, P entries of the parameter.
 Gradients = Callable[[int, int], Tensor]
@@ -391,9 +389,8 @@ def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 
 def _affine(normalised: Tensor, g: Tensor, dims: int) -> dict[str, Use]:
     """Return the uses of scale and shift that act on the last ``dims`` axes."""
-    product, shift = (
-        t.reshape(*g.shape[:2], -1, *g.shape[g.ndim - dims :]).sum(2) for t in (g * normalised[:, None], g)
-    )
+    shape = *g.shape[:2], -1, *g.shape[g.ndim - dims :]
+    product, shift = (t.reshape(shape).sum(2) for t in (g * normalised[:, None], g))
     return {"weight": dense(product), "bias": dense(shift)}
 
 

@@ -96,7 +96,7 @@ class CourantStep(AlongUpdate):
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         held = footprint(snapshot)
-        return {"activations": held.activations, "copies": 2 * held.buffers, "vectors": 4 * held.parameters}
+        return {"activations": held.activations, "copies": 2 * held.buffers, "vectors": 2 * held.parameters}
 
     def check(self, snapshot: Snapshot) -> None:
         super().check(snapshot)
