@@ -58,7 +58,7 @@ class LightningLoop(TrainingLoop):
 
     Attributes:
         is_automatic: whether Lightning calls the optimizer, and not the user's ``training_step``.
-        scaler: the gradient scaler of mixed precision; None without one.
+        scaler: the gradient scaler of mixed precision; None without one, or where it is disabled.
     """
 
     shows_losses = True
@@ -90,7 +90,8 @@ class LightningLoop(TrainingLoop):
         self.moves_parameters |= self.overrides_step
         self.wrong_update = ELSEWHERE if run.prox is not None else f"{type(module).__name__}.optimizer_step {MOVED}"
         self._clipped: Gradients = {}
-        self.scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None  # without a GPU it may be disabled
 
     @property
     def accumulate(self) -> int:  # type: ignore[override]
