@@ -242,7 +242,10 @@ class StopOnInstability(Callback):
 
     def announce(self, trainer: Any, step: int, why: str) -> None:
         """Print and log that training ends."""
-        self._say(f"stop at step {step}: {why}. Try a lower learning rate, or a longer warm-up.")
+        advice = "Try a lower learning rate, or a longer warm-up."
+        if self._losses.broke_off and self._number.readings.latest < CALM * self.threshold:
+            advice = "Nothing before shows instability: look for a sample or an operation that is not finite."
+        self._say(f"stop at step {step}: {why}. {advice}")
         log(trainer, {"stability/stop": float(step)})
 
     @property

@@ -230,6 +230,12 @@ class LossRecord:
         return self.last_step < 0 or math.isfinite(self.last)
 
     @property
+    def broke_off(self) -> bool:
+        """Whether the last loss is not finite, though those before it had neither risen nor exploded."""
+        was_level = not self.risen and not any(map(self.exploded, self.recent[-INITIAL:]))
+        return not self.finite and self.count >= INITIAL and was_level
+
+    @property
     def start(self) -> float:
         """The lower of the first loss and the mean of the first 5."""
         return self._start

@@ -29,6 +29,9 @@ REMEDIES = {
     "weights": "the update before produced it: lower the learning rate, or clip the gradient",
     "unknown": "try torch.autograd.set_detect_anomaly(True)",
 }
+#: Advice where a loss is not finite, of which no fault is known.
+NAMES = "'numerics' names the operation"
+SUDDEN = f"nothing before shows instability: look for a sample or an operation that is not finite; {NAMES}"
 #: Further advice where the loss alone ended a run whose readings are stable.
 MOVES = "but no reading shows it: where the target itself moves, a loss that rises is no instability (confirm=None)"
 #: Advice where the noise of the loss hides what it does.
@@ -144,7 +147,8 @@ def judge(run: Run) -> Verdict:
     if run.fault is not None:
         return replace(verdict, state="not finite", cause="fault", advice=REMEDIES[run.fault.where])
     if losses is not None and not losses.finite:
-        return replace(verdict, state="not finite", cause="loss", advice=f"{lower}; 'numerics' names the operation")
+        advice = SUDDEN if _is_sudden(run) else f"{lower}; {NAMES}"
+        return replace(verdict, state="not finite", cause="loss", advice=advice)
     if verdict.state == "collapsed":
         return verdict
     alike = unbroken(run.history.get("stability/collapsed", Curve()), 0.0)  # not for good, as far as the readings say
@@ -193,6 +197,16 @@ def judge(run: Run) -> Verdict:
     if verdict.state == "stable" and run.step is not None:
         return replace(verdict, advice=_at_rest(losses))
     return verdict
+
+
+def _is_sudden(run: Run) -> bool:
+    """Return whether the loss ceased to be finite while it was level, and the last Courant number below the edge."""
+    curve = run.history.get("stability/courant", Curve())
+    steps = _read(curve)
+    if run.losses is None or not run.losses.broke_off or not steps:
+        return False
+    value, age = curve.values[curve.steps.index(steps[-1])], run.losses.last_step - steps[-1]
+    return value < EDGE[0] and age <= max(FEW, OLD * run.losses.last_step)
 
 
 def is_flat(history: Mapping[str, Curve]) -> bool:

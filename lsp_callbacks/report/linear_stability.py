@@ -10,6 +10,8 @@ from typing import Any, Literal
 from lsp_callbacks.monitor.history import Curve
 from lsp_callbacks.report.curves import AVERAGE, averaged, latest, readings
 
+#: Divisor of a learning rate that is told: beyond it the weights have exploded, and their critical rate guides nobody.
+LARGEST = 1e4
 #: Range of mean Courant numbers "at the edge": healthy full-batch training reaches 1.19 by its curvature, and healthy
 #: training with small batches 2.0 by the exponent of SGD and 3.0 by its second moment (see ``benchmarks/``).
 EDGE, STOCHASTIC = (0.9, 1.2), {"courant_mean_square": (0.9, 3.0), "courant_sgd": (0.9, 2.0)}
@@ -81,6 +83,8 @@ def linear_state(history: Mapping[str, Curve]) -> LinearState:
     if courant > near[0]:
         evidence["divide_by"] = by = max(courant / 0.8, 1.2)
         slower = f"divide the learning rate by {by:{'.2g' if by < 100 else ',.0f'}}"
+        if by > LARGEST:
+            slower = "start again with a much lower learning rate"
     ask = slower or "halve the learning rate"
 
     if contradict(courant, x, lower, upper, near):

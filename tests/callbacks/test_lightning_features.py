@@ -197,6 +197,13 @@ class Overflows(Model):
             self.net[0].weight.grad[0, 0] = math.inf
 
 
+def test_a_gradient_scaler_that_is_disabled_is_none():
+    monitor = ours(strict=True)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", enabled=False))
+    fit(Model, monitor, plugins=[plugin])
+    assert finite(monitor, SHARPNESS) and finite(monitor, LYAPUNOV)
+
+
 @pytest.mark.parametrize("accumulate, steps", [(1, (0, 2, 3, 5)), (2, (1,))])
 def test_steps_that_a_gradient_scaler_leaves_out_are_counted_but_not_measured(accumulate, steps):
     left = []

@@ -125,13 +125,19 @@ def test_the_demo_without_scikit_learn(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_unstable_run_ends_before_the_loss_has_moved(tmp_path, capsys):
-    main(["fit", "--config", str(CONFIGS[0].with_name("digits_unstable.yaml"))])
-    assert "lsp_callbacks: unstable, and stopped at step" in capsys.readouterr().out
-    (table,) = tmp_path.glob("runs/*/*/metrics.csv")
-    rows = {int(row["step"]): float(row["train_loss"]) for row in csv.DictReader(table.open()) if row["train_loss"]}
-    losses = [loss for step, loss in rows.items() if step % 5 == 4]  # one row in 5 steps, of at most 800; and the last
-    assert len(losses) < 120 and np.mean(losses[-10:]) < 1.5 * min(losses)
+def test_unstable_runs_are_stopped_and_most_are_seen_before_the_loss_has_moved(tmp_path, capsys):
+    # Readings of 64 samples scatter by 15 %, and their mean of three by 10 %: a run may be stopped by its loss alone.
+    early = 0
+    for seed in range(5):
+        main(["fit", "--config", str(CONFIGS[0].with_name("digits_unstable.yaml")), f"--seed_everything={seed}"])
+        out = capsys.readouterr().out
+        assert re.search(r"lsp_callbacks: unstable, and stopped at step \d+", out)
+        table = max(tmp_path.glob("runs/*/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+        rows = {int(row["step"]): float(row["train_loss"]) for row in csv.DictReader(table.open()) if row["train_loss"]}
+        if event := re.search(r"; event at step (\d+)", out):
+            before = [loss for step, loss in rows.items() if step <= int(event[1])]
+            early += np.mean(before[-5:]) < 1.5 * min(before)  # one row in 5 steps
+    assert early >= 4
 
 
 def test_digits():

@@ -362,7 +362,7 @@ def test_what_the_budget_has_not_paid_for_yet_is_said_with_its_price():
     assert [*monitor.skipped] == ["dear"] and "stability/sharpness" not in monitor.history
     assert f"{monitor.cadence.paces['dear'].price:.3g} gradients" in monitor.skipped["dear"]
     monitor.cadence.postpone("dear", 40)
-    assert "waits for step 40" in monitor.skipped["dear"]
+    assert "from 40 on" in monitor.skipped["dear"]
     monitor.skip({"it cannot be measured": ["dear"]}, warn=False)
     assert monitor.skipped == {"dear": "it cannot be measured"}
 

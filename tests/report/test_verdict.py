@@ -47,7 +47,11 @@ EARLY = history([0.4], [-0.2])
         (STABLE, FALLS, {"event": 100, "stop": 200, "reason": "why"}, "unstable", "stop", "lower the learning rate"),
         (STABLE, FLAT, {}, "not learning", "loss", "compare it with a tenth"),
         (STABLE, RISES, {}, "risen", "loss", "every_n_steps=20"),
-        (STABLE, [*FALLS[:-1], NAN], {}, "not finite", "loss", "lower the learning rate"),
+        (STABLE, [*FALLS[:-1], NAN], {}, "not finite", "loss", "nothing before shows instability"),
+        (STABLE, [*FALLS[:-3], 50.0, 1e6, NAN], {}, "not finite", "loss", "lower the learning rate"),
+        (ABOVE, [*FALLS[:-1], NAN], {}, "not finite", "loss", "divide the learning rate by 2.5"),
+        (EARLY, [*FALLS[:-1], NAN], {}, "not finite", "loss", "lower the learning rate"),  # read long before
+        (history([1e14] * 4), FALLS, {}, "unstable", "courant", "start again with a much lower learning rate"),
         (STABLE, [*FALLS[:-9], math.inf, *FALLS[-8:]], {}, "stable", "exponent", "has recovered"),
         (STABLE, FALLS[:40], {"step": 40}, "stable", "exponent", "60 steps are too few"),
         (STABLE, [], {}, "stable", "exponent", "it was not seen"),

@@ -10,7 +10,8 @@ from problems import close, f64, freeze, interpolating_tanh, random, seeded
 from torch import nn
 from torch.nn import functional as F
 
-from lsp_callbacks import MeanSquareStability, ProbeSet, StabilityMonitor
+from lsp_callbacks import MeanSquareStability, ProbeSet, Snapshot, StabilityMonitor
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.functional import UpdateRule, mean_square_lr, reduced_modes
 from lsp_callbacks.operators.sgd import per_sample_gradients
 from lsp_callbacks.operators.sgd.gram_matrix import tangent_kernel
@@ -420,3 +421,18 @@ def test_a_normalisation_written_by_hand_takes_its_rows_one_by_one():
     held = tangent_kernel(probes, holds=True)
     assert held.passes == 8 and math.isfinite(held.loss)
     close(held.gram, tangent_kernel(probes).gram, 1e-12)
+
+
+def test_a_snapshot_made_by_hand_is_told_to_hold_its_samples_and_is_measured_with_them():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(32, 4)
+    settings = {"step": 0, "module": net, "optimizer": SGD(net.parameters(), 0.1)}
+
+    def loss(outputs):
+        return (outputs - x[:, :3]).pow(4).mean()
+
+    with pytest.raises(Unsupported, match=r"in replay: .* give the snapshot probes=ProbeSet\(module, \(lambda"):
+        MeanSquareStability()(Snapshot(replay=lambda: loss(net(x)), **settings))
+    probes = ProbeSet(net, (lambda: evaluation(net(x), loss, samples=32),), 32, 32)
+    values = MeanSquareStability()(Snapshot(replay=lambda: loss(net(x)), probes=probes, **settings))
+    assert 0 < values[COURANT] < math.inf and values[COURANT] * values[RATE] == pytest.approx(0.1)

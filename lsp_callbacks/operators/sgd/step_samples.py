@@ -6,13 +6,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsp_callbacks.errors import Unsupported
 from lsp_callbacks.functional.sgd.low_rank_noise import Array
-from lsp_callbacks.step.criterion import Criteria, Evaluation
+from lsp_callbacks.step.criterion import HOW, Criteria, Evaluation
 from lsp_callbacks.step.probe_set import ProbeSet
 from lsp_callbacks.step.snapshot import Snapshot
 
 #: Rows of a Gram matrix at least, where there are that many to be had, and at most, where nothing else is said.
 LEAST, MOST = 32, 128
+#: What to do where the snapshot was made by hand, and no loop says what outputs and criterion are.
+BY_HAND = (
+    "give the snapshot probes=ProbeSet(module, (lambda: evaluation(outputs, criterion, samples=n),), n, n), with "
+    "evaluation from lsp_callbacks.step.criterion"
+)
 
 
 def row_count(samples: int, wanted: int | None = None) -> int:
@@ -90,4 +96,9 @@ def replayed_evaluation(snapshot: Snapshot, samples: int | None = None) -> Evalu
     """
     with Criteria() as criteria, torch.enable_grad():
         loss = snapshot.replay()
-    return criteria.of(loss, samples=samples)
+    try:
+        return criteria.of(loss, samples=samples)
+    except Unsupported as error:
+        if snapshot.samples_of_step is not None:  # of a loop, which takes these arguments
+            raise
+        raise Unsupported(str(error).replace(HOW, BY_HAND).replace("training_step", "replay")) from None

@@ -54,8 +54,9 @@ class MeanSquareStability(OfShards):
     the next the number scatters: look at the mean of three.
 
     Where the rows come from the step's own graph, they are those of the step as it was taken, with the masks of its
-    dropout. They are looked at in a replay without dropout where that graph cannot be read (custom functions,
-    activation checkpoints, a network that has collapsed, dropout together with statistics of the batch).
+    dropout. They are looked at in a replay without dropout, which costs several times as much and is rarer by that,
+    where that graph cannot be read (custom functions, activation checkpoints, 16 bits with a gradient scaler, a network
+    that has collapsed, dropout together with statistics of the batch).
 
     Of samples with many positions the rows are at a few. Each position then counts as a sample of its own, and a batch
     as that many positions over their design effect, see `lsp_callbacks.functional.design_effect`: few positions that
