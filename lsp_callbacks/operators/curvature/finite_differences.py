@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import base, version
-from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import LinearOperator, inner, norm
-from lsp_callbacks.operators.curvature.gradient_difference import Difference, LastProduct, Products, Untrusted
+from lsp_callbacks.linalg import inner, norm
+from lsp_callbacks.operators.curvature.gradient_difference import Difference, LastProduct, Untrusted
 from lsp_callbacks.operators.curvature.parameter_lengths import lengths, sizes_of
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.known_scale import Scale
@@ -376,40 +375,3 @@ class Differences:
         if snapshot.run.ranks.world == 1:
             return compute()
         return snapshot.run.ranks.mean(compute, "the displaced gradient")  # type: ignore[return-value]
-
-
-def difference_hessian(
-    differences: Differences, products: Products, exact: Callable[[Tensor], Tensor] | None
-) -> LinearOperator:
-    """Return the Hessian by differences of gradients.
-
-    Args:
-        differences: of the step's gradients.
-        products: the record of the step's products.
-        exact: exact products, which take over where a difference fails its checks; None if they are wrong.
-    """
-    gradient = differences.centre
-
-    def product(v: Tensor) -> Tensor:
-        if products.untrusted and exact is not None:
-            return exact(v)
-        try:
-            image = differences.product(v)
-            products.note(differences)
-            return image
-        except Untrusted:
-            if exact is not None:
-                # Exact products are right at any scale; they also tell a kink from a replay that is not the step.
-                products.untrusted = True
-                return exact(v)
-        try:
-            image = differences.searched(v)
-            products.note(differences)
-            return image
-        except Untrusted as error:
-            raise Unmeasurable(
-                f"the loss cannot be differentiated twice, and {error}: write the backward of your function as the "
-                "derivative of its forward, in operations that can be differentiated, or leave this quantity out"
-            ) from None
-
-    return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)

@@ -12,7 +12,8 @@ from torch import Tensor
 from lsp_callbacks.autograd._torch_internals import trained_parameters
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.operators.curvature.finite_differences import Differences, difference_hessian
+from lsp_callbacks.operators.curvature.difference_hessian import difference_hessian
+from lsp_callbacks.operators.curvature.finite_differences import Differences
 from lsp_callbacks.operators.curvature.gradient_difference import Products
 from lsp_callbacks.operators.parts_of_shards import parts_of_shards, shares_of
 from lsp_callbacks.step.flat import displaced_gradient
