@@ -174,7 +174,7 @@ def main() -> None:
         for name in options.quantities:
             counts = compare(TRAININGS[network], name)
             if not counts.counted:
-                print(f"{network:17} {name:22} -", flush=True)
+                print(f"{network:17} {name:22} {counts.skipped or '-'}", flush=True)
                 continue
             pairs = [(counts.said[i], counts.counted[i]) for i in (0, len(counts.counted) - 1)]
             ratios = [said / counted for said, counted in pairs]

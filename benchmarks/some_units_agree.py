@@ -3,7 +3,8 @@
 Along whole runs with nothing but a pace set: the Courant number of the second moment as `MeanSquareStability` reads it
 from the graph of the step; the same run again with the gradients of *all* units of each layer; and that of the full
 measurement, the second moment at the 128 samples of `SGDStability`. Ratios are printed by their quartiles, with the
-means of the numbers; below 1 is the falsely calm side. Names of networks choose some.
+means of the numbers; below 1 is the falsely calm side. Names of networks choose some. At a batch of 8 rows of the last
+steps are kept as sketches, and no units are left out: there the two runs are the same.
 
     MNIST=folder python benchmarks/some_units_agree.py [--seeds 0 1 2 3] [NETWORK ...]
 """

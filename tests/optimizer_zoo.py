@@ -71,6 +71,26 @@ class SAM(optim.Optimizer):
         return loss
 
 
+class SAMByHand(optim.SGD):
+    """Climbs and descends in two calls, between which the user makes the second gradient."""
+
+    @torch.no_grad()
+    def first_step(self):
+        held = [p for group in self.param_groups for p in group["params"]]
+        size = torch.stack([p.grad.norm() for p in held]).norm()
+        self.climbs = [(p, 0.05 / size * p.grad) for p in held]
+        for p, climb in self.climbs:
+            p.add_(climb)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for p, climb in self.climbs:
+            p.sub_(climb)
+        super().step()  # which the loop does not see
+        self.zero_grad()
+
+
 class Lookahead(optim.Optimizer):
     """Steps of another optimizer, whose weights are drawn back to slow ones now and then. Source: Zhang et al. 2019."""
 

@@ -2,14 +2,16 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from fine_tuning_zoo import FINE_TUNING, SLOW
-from harness import CLASSES, Model, data, fit, mlp, unchanged
+from harness import CLASSES, SGD, Model, data, fit, mlp, unchanged
 from model_zoo import CASES as MODELS
 from model_zoo import CURVATURE, NETS, OPTIMIZERS, Bag, Checkpointed, FirstCheckpointed, Transformer, cnn
+from optimizer_zoo import SAMByHand
 from support import is_open_below, path, results
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
@@ -129,13 +131,16 @@ def test_optimizers(name, support):
     support("optimizer", name, list(OPTIMIZERS).index(name), recorded, path(callback))
 
 
+STEPS = partial(torch.optim.AdamW, lr=1e-2)
+
+
 class InBackward(Model):
     """Each parameter has an optimizer of its own, which steps as soon as its gradient is there."""
 
-    def __init__(self):
+    def __init__(self, make=STEPS, is_automatic=False):
         super().__init__()
-        self.automatic_optimization = False
-        self.optimizers_of = {p: torch.optim.AdamW([p], lr=1e-2) for p in self.parameters()}
+        self.automatic_optimization = is_automatic
+        self.optimizers_of = {p: make([p]) for p in self.parameters()}
         for p in self.optimizers_of:
             p.register_post_accumulate_grad_hook(self.step)
 
@@ -145,6 +150,8 @@ class InBackward(Model):
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)
+        if self.automatic_optimization:
+            return loss
         self.manual_backward(loss)
         return {"loss": loss.detach()}
 
@@ -152,16 +159,70 @@ class InBackward(Model):
         return None
 
 
-def test_updates_in_the_backward_pass_leave_the_norms_of_the_layers():
-    callback = StabilityMonitor(every_n_steps=1, loss_fn=lambda module, batch: module.loss(batch))
+class TwoGradients(Model):
+    """A SAM whose two steps are made by hand, so that Lightning sees none."""
+
+    def __init__(self):
+        super().__init__(optimizer=partial(SAMByHand, lr=0.1))
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        for step in (optimizer.first_step, optimizer.second_step):
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            step()
+        return {"loss": loss.detach()}
+
+
+OF_BATCH = {"loss_fn": lambda module, batch: module.loss(batch)}
+ALONG = ["spectral_norm", "courant_step", "critical_sharpness"]
+
+
+def test_updates_in_the_backward_pass_leave_what_needs_no_optimizer():
+    callback = StabilityMonitor(every_n_steps=1, **OF_BATCH)
     with pytest.warns(UserWarning, match="skips sharpness .*configure_optimizers returns no optimizer") as said:
         unchanged(InBackward, callback, loader=data(), max_epochs=1)
     assert len([w for w in said if "lsp_callbacks" in str(w.message)]) == 1
     assert len(callback.history["stability/spectral_norm_max"].values) == 6
-    model, last = InBackward(), StabilityMonitor(["spectral_norm"], every_n_steps=1, loss_fn=lambda m, b: m.loss(b))
+    assert all(map(math.isfinite, callback.history["stability/courant_step"].values))
+    model, last = InBackward(), StabilityMonitor(["spectral_norm"], every_n_steps=1, **OF_BATCH)
     fit(model, last, loader=data(), max_epochs=1)
     norms = [float(torch.linalg.matrix_norm(model.net[k].weight, 2)) for k in (0, 2)]
     assert last.history["stability/spectral_norm_max"].values[-1] == pytest.approx(max(norms), rel=1e-2)
+
+
+@pytest.mark.parametrize("is_automatic", [False, True])
+def test_updates_in_the_backward_pass_have_the_numbers_of_the_same_steps_after_it(is_automatic):
+    settings = {} if is_automatic else OF_BATCH
+    here, there = (StabilityMonitor(ALONG, every_n_steps=1, **settings) for _ in range(2))
+    fit(partial(InBackward, SGD, is_automatic), here, loader=data(), max_epochs=1)
+    fit(Model, there, loader=data(), max_steps=6)
+    for key in ("courant_step", "critical_multiple"):
+        values, expected = (callback.history[f"stability/{key}"].values for callback in (here, there))
+        assert values == pytest.approx(expected, rel=1e-4 if key == "courant_step" else 0.05), key
+
+
+@pytest.mark.filterwarnings("ignore:lsp_callbacks skips", "ignore:StopOnInstability will never")
+@pytest.mark.parametrize("is_automatic", [False, True])
+def test_updates_in_the_backward_pass_at_the_defaults(is_automatic):
+    callback = StabilityMonitor()
+    unchanged(partial(InBackward, SGD, is_automatic), callback, loader=data(), max_epochs=3)
+    assert math.isfinite(callback.history["stability/spectral_norm_max"].values[-1])
+    assert ("stability/courant_step" in callback.history) == is_automatic
+
+
+def test_steps_that_lightning_does_not_see():
+    callback = StabilityMonitor(every_n_steps=1, quantities=["spectral_norm", "critical_sharpness"], **OF_BATCH)
+    fit(TwoGradients, callback, loader=data(), max_epochs=1)
+    assert len(callback.history["stability/spectral_norm_max"].values) == 6
+    assert len(callback.history["stability/critical_sharpness"].values) == 5  # the weights before the first are gone
+    assert all(map(math.isfinite, callback.history["stability/critical_sharpness"].values))
+
+    default = StabilityMonitor(every_n_steps=1, **OF_BATCH)
+    with pytest.warns(UserWarning, match="skips sharpness .*without a step that Lightning sees"):
+        unchanged(TwoGradients, default, loader=data(), max_epochs=1)
+    assert len(default.history["stability/spectral_norm_max"].values) == 6
 
 
 class Growing(Model):

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SHORT = [("MLP", "mean_square_stability"), ("MLP", "sharpness")]
+SHORT = [("MLP", name) for name in ("mean_square_stability", "sharpness", "lyapunov")]
+SHORT += [("CNN", name) for name in ("sharpness", "lyapunov")]
 NETWORKS = ["MLP", "CNN", "char transformer", "ViT", "GPT-2 10 M"]
-LONG = [("CNN", name) for name in ("sharpness", "residual_cfl", "lyapunov", "courant_step")]
+LONG = [("CNN", name) for name in ("residual_cfl", "courant_step")]
+LONG += [(network, name) for network in ("char transformer", "ViT") for name in ("sharpness", "lyapunov")]
 LONG += [(network, "mean_square_stability") for network in NETWORKS[1:]]
 
 

@@ -391,12 +391,20 @@ def modes(rank):
     both("checkpointed", Recomputes)
     both("at once", AtOnce)
     both("tokens", Tokens, [name for name in NAMES if name != "residual_cfl"])
-    both("offloaded", partial(Sharded, offload_policy=CPUOffloadPolicy(pin_memory=False)))
+    offloaded = partial(Sharded, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    both("offloaded", offloaded)
     both("kinked", Kinked, ["sharpness", "lyapunov"])
     clipped = plain | {"gradient_clip_val": 0.05}
-    for name, make, settings in (("AdamW", ADAM, plain), ("clipped", Sharded, clipped), ("kinked", Kinked, plain)):
+    for name, make, settings in (
+        ("AdamW", ADAM, plain), ("clipped", Sharded, clipped), ("kinked", Kinked, plain),
+        ("checkpointed", Recomputes, plain), ("HSDP", partial(OnMesh, (WORLD, 1)), plain),
+        ("offloaded", offloaded, plain),
+    ):  # fmt: skip
         found[f"{name} without room"] = without_room(make, ["sharpness", "lyapunov"], settings)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    found["mixed without room"] = without_room(
+        lambda: Sharded(net=made(torch.float32), mp_policy=policy), ["sharpness", "lyapunov"],
+        plain | {"loader": shares(rank, dtype=torch.float32)})  # fmt: skip
     both("mixed", lambda: Sharded(net=made(torch.float32), mp_policy=policy),
          settings={"loader": shares(rank, dtype=torch.float32)})  # fmt: skip
     everything = {"loader": DataLoader(dataset(), 2 * BATCH), "max_steps": 8}

@@ -29,6 +29,17 @@ def restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
             foreach_copy([p.data for p in parameters], saved)
 
 
+@contextlib.contextmanager
+def put_back(parameters: Sequence[nn.Parameter], values: Sequence[Tensor] | None) -> Iterator[None]:
+    """Give the parameters earlier values for a while, and every bit back at the end; None leaves them as they are."""
+    if values is None:
+        yield
+        return
+    with restored(parameters):
+        shift(parameters, values, values, 0.0)
+        yield
+
+
 def shift(
     parameters: Iterable[nn.Parameter], start: Iterable[Tensor], along: Iterable[Tensor], multiple: float
 ) -> None:

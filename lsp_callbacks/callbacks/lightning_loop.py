@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from lsp_callbacks.autograd._torch_internals import overflowed, unscales_gradients
 from lsp_callbacks.callbacks._lightning_internals import (
     has_backward,
-    has_no_optimizer,
     is_lightning_module,
     on_device,
     replace_trainer,
@@ -28,6 +28,7 @@ from lsp_callbacks.monitor.training_loop import TrainingLoop
 from lsp_callbacks.monitor.update_check import ELSEWHERE, MOVED
 from lsp_callbacks.step.clipping import Clipping
 from lsp_callbacks.step.criterion import HOW
+from lsp_callbacks.step.fingerprint import fingerprint, identical
 from lsp_callbacks.step.graph_reader import GraphReader
 from lsp_callbacks.step.pending_step import LossFn, PendingStep
 from lsp_callbacks.step.run_context import Prox
@@ -35,6 +36,12 @@ from lsp_callbacks.step.step_loss import loss_of
 
 #: A ``training_step`` that takes it takes the batches themselves from the loader.
 FETCHED = "dataloader_iter"
+#: Of an update that Lightning does not see.
+UNSEEN = (
+    "training_step moves the parameters without a step that Lightning sees (first_step and second_step of a SAM, or an "
+    "optimizer that configure_optimizers does not return): a batch is taken for a step, and its update is over before "
+    "it can be looked at; call step() of self.optimizers() to measure more"
+)
 _FETCHES = f"training_step({FETCHED}) fetches a batch of its own, which cannot be replayed"
 
 
@@ -51,7 +58,6 @@ class LightningLoop(TrainingLoop):
 
     Attributes:
         is_automatic: whether Lightning calls the optimizer, and not the user's ``training_step``.
-        updates_elsewhere: whether no optimizer is known, so that a step is a batch, and is seen at its end.
         scaler: the gradient scaler of mixed precision; None without one, or where it is disabled.
     """
 
@@ -77,7 +83,8 @@ class LightningLoop(TrainingLoop):
         self._tolerance = 0.0 if loss_fn is None else 1e-4
         self._sub_batch, self._accumulate = sub_batch, accumulate
         self.is_automatic = self.repeats_forward = bool(module.automatic_optimization)
-        self.updates_elsewhere = has_no_optimizer(trainer)
+        is_unsure = not (self.is_automatic or run.updates_elsewhere)
+        self._first_weights = fingerprint(self._optimized()) if is_unsure else None
         self.overrides_step = overridden(module, "optimizer_step") is not None
         self._clipping_hook = overridden(module, "configure_gradient_clipping")
         self.moves_parameters |= self.overrides_step
@@ -95,6 +102,24 @@ class LightningLoop(TrainingLoop):
     def clipping(self) -> Clipping | None:
         """How the trainer clips."""
         return clipping(self.trainer) if self.trainer.gradient_clip_val else None
+
+    def _optimized(self) -> list[Tensor]:
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        return [p for group in groups for p in group["params"] if p.requires_grad]
+
+    def has_unseen_update(self, *, seen: bool) -> bool:
+        """Return True once if a batch moves the parameters before any optimizer step was seen: a batch is a step then.
+
+        Args:
+            seen: whether the batch has made a step that was seen; then nothing is looked for any more.
+        """
+        before = self._first_weights
+        if before is None or (not seen and identical(before, fingerprint(self._optimized()))):
+            return False
+        self._first_weights = None
+        if not seen:
+            self.run = replace(self.run, unsupported=self.run.unsupported or UNSEEN, updates_elsewhere=True)
+        return not seen
 
     def has_backward(self) -> bool:
         return has_backward(self.trainer)
@@ -123,6 +148,7 @@ class LightningLoop(TrainingLoop):
             run=self.run if is_shared else None,
             readers=readers,
             micro_batches=self.accumulate,
+            keeps_weights=self.run.updates_elsewhere,
             takes_buffers=getattr(trainer.strategy.model, "will_sync_module_buffers", bool)(),
         )
         if self._replays_training_step and FETCHED in self._takes:

@@ -115,6 +115,7 @@ def run_context(
         loss_name=None if is_game or loss_fn is None else "loss_fn",
         captures_inputs=monitor.quantities.captures_inputs,
         unsupported=unsupported(trainer, module, players=is_game),
+        updates_elsewhere=has_no_optimizer(trainer),
         unknown_loss=unknown_loss(trainer, module, loss_fn),
         sharded=sharded(trainer),
         shards=Shards.of(module, processes),

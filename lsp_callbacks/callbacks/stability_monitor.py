@@ -238,8 +238,10 @@ class StabilityMonitor(RunResults, Callback):
         self.observer.loss(loss, scale=scale, is_returned=self._loop.is_automatic)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        if self._rest.is_on:
-            return
+        if not (self._rest.is_on or self._loop.run.updates_elsewhere):
+            self._before_update(trainer, pl_module, optimizer)
+
+    def _before_update(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         began, observer, loop = time.perf_counter(), self.observer, self._loop
         scheduled = None
         lowering = self.roll_back if self.cap is None else self.cap
@@ -260,7 +262,8 @@ class StabilityMonitor(RunResults, Callback):
             self._has_loss = False
             self.forecast.before_update(trainer, scheduled=scheduled)
             # Under manual optimisation the user may clear gradients at any time.
-            gradients = partial(loop.clipped_gradients, optimizer) if loop.is_automatic else None
+            is_known = loop.is_automatic and not loop.run.updates_elsewhere
+            gradients = partial(loop.clipped_gradients, optimizer) if is_known else None
             moved = observer.before_update(optimizer, overflowed=overflowed, coming_gradients=gradients)
         self._numbers.count(moved=moved)
         self.stopwatch.spent += time.perf_counter() - began
@@ -269,9 +272,12 @@ class StabilityMonitor(RunResults, Callback):
         if self._rest.is_on:
             self._publisher.update_age(self._rest.end_step(trainer, outputs))
             return
-        if self._loop.updates_elsewhere:
+        if self._loop.has_unseen_update(seen=self.observer.updates > 0):
+            with self.monitor.errors.warn_instead_of_raise("the optimizer's steps are not seen"):
+                self.observer.require(trainer.optimizers[0])
+        if self._loop.run.updates_elsewhere:
             self.observer.settle()
-            self.on_before_optimizer_step(trainer, pl_module, trainer.optimizers[0])
+            self._before_update(trainer, pl_module, trainer.optimizers[0])
         began, observer = time.perf_counter(), self.observer
         is_changed = not observer.is_idle and observer.check_gradient(CHANGED_GRADIENT, is_gone_allowed=True)
         if not is_changed and observer.updates > 1 and observer.game is None:

@@ -195,7 +195,7 @@ class Cadence:
         """Return why quantities have no measurement yet, by name: they wait, or the budget has not paid for one."""
         reasons = {}
         for name, pace in self.paces.items():
-            if pace.postponed is not None and not pace.count:
+            if pace.postponed is not None and pace.postponed > self._step and not pace.count:
                 reasons[name] = f"it needs to see more steps: from {pace.postponed} on, once the budget pays for it"
             elif pace.every_n_steps is None and not pace.count and pace.parts is not None:
                 reasons[name] = (

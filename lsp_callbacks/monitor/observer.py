@@ -110,9 +110,9 @@ class StepObserver:
                 self.monitor.errors.warn_instead_of_raise,
             )  # fmt: skip
             for player in self.game.players():
-                self._require(player.optimizers[player.name], player=player)
+                self.require(player.optimizers[player.name], player=player)
         else:
-            self._require(optimizers[0] if optimizers else None, steps=steps)
+            self.require(optimizers[0] if optimizers else None, steps=steps)
 
     def attach(self, loop: TrainingLoop) -> None:
         """Observe a loop from now on, and forget what a run before, which may have been interrupted, has left."""
@@ -124,9 +124,10 @@ class StepObserver:
         self._between.reset()
         self._results.forget()
 
-    def _require(
+    def require(
         self, optimizer: torch.optim.Optimizer | None, *, player: Player | None = None, steps: float = math.inf
     ) -> None:
+        """Skip what cannot be measured on such steps, when training begins, or when their updates are not seen."""
         loop = self.loop
         coming = Snapshot(self.step, loop.module, never, optimizer, run=loop.run, clipping=loop.clipping, player=player)
         self.monitor.require(coming, steps=steps)
@@ -318,13 +319,12 @@ class StepObserver:
         assert pending is not None, "no step was begun that is to be measured"
         clipping = self._clipping = self._tried_clipping(pending, optimizer) if tries_clipping else loop.clipping
         (scale, gradient_scale), (loss, context) = loop.scales(optimizer), loop.evaluated()
-        is_shown = loop.shows_losses and not (self.step_loss.is_ambiguous or self._has_moved)
+        own_loss = self.step_loss.differentiated if loop.shows_losses and not self.step_loss.is_ambiguous else None
 
         def seen(pending: PendingStep, optimizer: torch.optim.Optimizer) -> Snapshot:
             return pending.snapshot(
                 self.step, optimizer, gradient_scale=gradient_scale, clipping=clipping, scale=scale, room=room,
-                previous=self.previous,
-                loss=self.step_loss.differentiated if is_shown else None,
+                previous=self.previous, loss=None if self._has_moved else own_loss, own_loss=own_loss,
                 probes=self.probes.probe_set(pending, loss, context=context) if self.probes.wanted else None,
                 samples_of_step=partial(self.probes.samples_of_step, pending, loss, context=context),
                 other_loss=lambda source: pending.other_loss(source, loop.on_device),

@@ -28,7 +28,7 @@ from lsp_callbacks.step.replay_checks import OwnCalls, replayed_gradient, verify
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.sharded_replay import ShardedReplay, raising
 from lsp_callbacks.step.shards import local_parameters
-from lsp_callbacks.step.snapshot import OtherLoss, Snapshot
+from lsp_callbacks.step.snapshot import BeforeStep, OtherLoss, Snapshot
 from lsp_callbacks.step.step_loss import summed
 from lsp_callbacks.step.verified_step import named_gradient
 from lsp_callbacks.step.whole_copy import WholeCopy, require_room, require_same_precision
@@ -56,6 +56,7 @@ class PendingStep:
         readers: what quantities read from the graphs of the step, by their names.
         can_replay: whether the step is kept for replays; otherwise it is only read.
         micro_batches: how many make a step, as far as that is known before it.
+        keeps_weights: whether the parameters are copied, as the step's backward pass moves them.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class PendingStep:
         readers: Mapping[str, GraphReader] | None = None,
         can_replay: bool = True,
         micro_batches: int = 1,
+        keeps_weights: bool = False,
     ):
         self.module, self.tolerance, self.sub_batch, self.micro_batches = module, tolerance, sub_batch, micro_batches
         self.run = run or RunContext()
@@ -78,6 +80,7 @@ class PendingStep:
         self._graphs: list[Graph] = []
         self.module_copy: ModuleCopy | ModuleInPlace | WholeCopy | None = None
         self._parameters: list[Any] = []
+        self._before: dict[str, Tensor] | None = None
         self.failure: Exception | None = None
         self.readers, self.can_replay = readers or {}, can_replay
         self._size: int | None = None
@@ -92,6 +95,8 @@ class PendingStep:
                 self.module_copy = ModuleCopy(module, shared=shared, prepare=prepare, standing=standing)
             self._parameters = [*self.module_copy.parameters]
             self._fingerprint = fingerprint(self._parameters)
+            if keeps_weights:
+                self._before = {name: p.detach().clone() for name, p in trained_parameters(module).items()}
         except Exception as error:  # whatever the user's attributes raise when they are copied
             self._fail(error)
         if takes_buffers:
@@ -157,7 +162,13 @@ class PendingStep:
         return min(self.sub_batch, sum(batch_size(part.batch) or self.sub_batch for part in self.parts))
 
     def snapshot(
-        self, step: int, optimizer: torch.optim.Optimizer, *, gradient_scale: Any = None, **settings: Any
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        *,
+        gradient_scale: Any = None,
+        own_loss: Tensor | None = None,
+        **settings: Any,
     ) -> Snapshot:
         """Return the step, after its backward passes and before its update.
 
@@ -165,6 +176,7 @@ class PendingStep:
             step: number of the optimizer step.
             optimizer: that makes the update.
             gradient_scale: the factor of mixed precision that the gradients still hold; None if they hold none.
+            own_loss: that the step has differentiated, where its backward pass has moved the parameters.
             settings: further fields of the `Snapshot`.
         """
         failure = self.failure or (self._moved(optimizer) if self.can_replay else NOT_KEPT)
@@ -178,8 +190,10 @@ class PendingStep:
         # Properties of the graph that the step has differentiated, if a replay to the last bit can be compared with it.
         is_seen = tolerance == 0 and self.run.ranks.world == 1 and 0 < len(self._graphs) == len(self.parts)
         own_graph = None if not is_seen else self._graphs[0] if len(self._graphs) == 1 else joined(self._graphs)
-        gradient = dict(zip(trained, local_gradients(trained.values())))
-        if gradient_scale is not None:
+        gradient = None
+        if self._before is None:  # the hooks that have made the update have cleared it
+            gradient = dict(zip(trained, local_gradients(trained.values())))
+        if gradient is not None and gradient_scale is not None:
             gradient = {name: g if g is None else g / gradient_scale for name, g in gradient.items()}
         snapshot = Snapshot(
             step=step,
@@ -193,6 +207,7 @@ class PendingStep:
             tolerance=tolerance,
             readers=self.readers,
             can_replay=self.can_replay,
+            before=None if self._before is None else BeforeStep(self._before, own_loss),
             held=held,
             own_calls=None if self.own_calls is None else self.own_calls.taken(),
             **settings,
@@ -320,7 +335,7 @@ class PendingStep:
 
         For a player of a game, whose step begins where the step before has ended.
         """
-        if self.failure is not None:
+        if self.failure is not None or not self.can_replay:
             return False
         before, self._fingerprint = self._fingerprint, fingerprint(self._parameters)
         watched = {id(p) for p in players}

@@ -35,6 +35,8 @@ class RunContext:
         captures_inputs: whether `Snapshot.calls` keeps a module's inputs in full, from its name and the module.
         series: loss, learning rate and energies of the steps so far; `Monitor.observe` sets its own.
         unsupported: why the parameters do not move by the optimizer's step on the step's loss; None if they do.
+        updates_elsewhere: whether updates are made where no optimizer is seen, so that a step is a batch, which is
+            looked at when its update is over.
         invalidated: why the update of an earlier step turned out to be another one than the optimizer's; None if it did
             not. `Monitor.observe` sets its own.
         unknown_loss: why the loss of a step is not known as a function of module and batch, so that no step is kept for
@@ -62,6 +64,7 @@ class RunContext:
     captures_inputs: Callable[[str, nn.Module], bool] = captures_nothing
     series: Trace | None = None
     unsupported: str | None = None
+    updates_elsewhere: bool = False
     invalidated: str | None = None
     unknown_loss: str | None = None
     sharded: str | None = None

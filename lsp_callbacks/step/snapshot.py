@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 #: A loss of a module that is not the step's own, or batches of which it is.
 OtherLoss = Callable[[nn.Module], Tensor] | Sequence[Any]
+
+
+class BeforeStep(NamedTuple):
+    """What a step began with whose backward pass has moved the parameters.
+
+    Attributes:
+        weights: copies of the trainable parameters, by name.
+        loss: that the step has differentiated, at these weights; None where it is not known.
+    """
+
+    weights: dict[str, Tensor]
+    loss: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +77,8 @@ class Snapshot:
             the buffers and the first random state of the step; None where there is none.
         held: the parameters of which ``replay`` computes the loss, by name, where they are not those of the module: its
             shards on this process, as plain tensors. ``gradient`` is of them.
+        before: what the step began with, where its update is over already. Then there is neither ``gradient`` nor
+            ``loss``, and the replay is that of the step only where the parameters are put back.
         whole_step: of a module with shards, returns the same step on a plain copy with the whole parameters, which all
             ranks make together; None where there are no shards.
 
@@ -96,6 +110,7 @@ class Snapshot:
     room: Callable[[], Room] = field(default=Room, repr=False)
     other_loss: Callable[[OtherLoss], Callable[[], Tensor]] | None = field(default=None, repr=False)
     held: Mapping[str, nn.Parameter] | None = field(default=None, repr=False)
+    before: BeforeStep | None = field(default=None, repr=False)
     whole_step: Callable[[], Snapshot] | None = field(default=None, repr=False)
     shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     verified: Verified = field(default_factory=Verified, init=False, repr=False)

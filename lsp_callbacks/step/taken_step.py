@@ -47,7 +47,7 @@ class TakenStep:
     The `Snapshot` itself is not kept, as it may hold autograd graphs.
 
     Args:
-        snapshot: the step, before its update.
+        snapshot: the step, before its update, or with what it began with.
         check: whether, after the update, a replay at the parameters before it is compared with the step's loss.
 
     Attributes:
@@ -66,8 +66,10 @@ class TakenStep:
         self.is_exact = snapshot.tolerance == 0
         self._check, self._replay, self._tolerance = check, snapshot.replay, snapshot.tolerance
         self._names, self._parameters = list(snapshot.parameters), list(snapshot.parameters.values())
-        self._loss = snapshot.loss
-        self._before = [p.detach().clone() for p in self._parameters]
+        if snapshot.before is None:
+            self._loss, self._before = snapshot.loss, [p.detach().clone() for p in self._parameters]
+        else:
+            self._loss, self._before = snapshot.before.loss, [snapshot.before.weights[name] for name in self._names]
         #: Without one the slope is not known.
         self._gradient: list[Tensor | None] | None = None
         if (gradient := snapshot.gradient) is not None:

@@ -460,6 +460,15 @@ def test_a_step_that_moves_nothing_gives_no_reading():
     assert monitor.history[KEY].steps == [1, 3]
 
 
+@pytest.mark.parametrize("start", [1e-9, 1e5, 1e9])
+def test_a_start_far_from_this_update_is_no_reason_for_nothing(start):
+    """The last critical rate, where updates differ by orders of magnitude, as those of a line search do."""
+    result = critical_step(lambda s: (s * s - 4 * s, 0.0), slope=-4.0, start=start)
+    assert result.multiple == pytest.approx(4, rel=0.05)
+    with pytest.raises(Unmeasurable, match="does not fall along"):
+        critical_step(lambda s: (s, 0.0), start=start)
+
+
 def test_a_heavy_ball_goes_uphill_in_many_stable_steps():
     problem = Quadratic(symmetric([1.0, 0.3], seed=1))
     heavy_ball = optim.SGD(problem.parameters(), lr=1.0, momentum=0.9)

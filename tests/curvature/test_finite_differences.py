@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from lsp_callbacks import Lyapunov, LyapunovTrajectory, Sharpness
 from lsp_callbacks.operators import hessian, step_jacobian
-from lsp_callbacks.operators.curvature.finite_differences import Differences
+from lsp_callbacks.operators.curvature.finite_differences import BACK, SAFETY, Differences
 from lsp_callbacks.operators.curvature.hessian import path_taken
 from lsp_callbacks.operators.curvature.parameter_lengths import lengths
 from lsp_callbacks.operators.curvature.top_eigenvalue import top_eigenvalue
+from lsp_callbacks.step.known_scale import Scale
 from lsp_callbacks.step.run_context import RunContext
 from lsp_callbacks.step.snapshot import Snapshot
 
@@ -497,3 +498,36 @@ def test_a_run_remembers_how_far_its_differences_go():
         counts.append(len(calls))
     assert counts == [2, 1, 2]
     assert torch.allclose(products[1], products[2], rtol=0.02, atol=0.01 * float(products[2].norm()))
+
+
+def test_a_loss_that_was_rounded_does_not_drive_differences_far_away():
+    """There the third derivative is the error: a network that has learned well has little curvature beside it."""
+    problem, run = NETWORKS["tanh"]().float(), RunContext()
+    truth, v = dense(problem), random(sum(p.numel() for p in problem.parameters())).float()
+    snapshot, far = freeze(problem, step=10, run=run), []
+    for rounding in (0.0, 1e-3):
+        differences = Differences(snapshot, snapshot.flat_gradient)
+        size, reach = differences._extent(v)
+        seen = float((truth @ v.double()).norm()) / size
+        run.known_scales.note(0, differences.key, Scale(seen, seen, float(snapshot.loss), rounding))
+        differences = Differences(snapshot, snapshot.flat_gradient)
+        original = differences.difference
+        differences.difference = lambda *how, original=original: far.append(how[-1]) or original(*how)
+        product = differences.product(v).double()
+        assert float((product - truth @ v.double()).norm()) < 0.01 * seen * size
+    assert max(far) <= 1.01 * max(far[0], BACK * reach)
+
+
+def test_rounding_that_is_less_than_its_bound_is_seen():
+    """Adam's rates are large where gradients, and their rounding, are small; the bound takes all for alike."""
+    problem = Classes(seeded(Attention()), random(12, 12, seed=1), None).float()
+    truth, n = dense(problem), sum(p.numel() for p in problem.parameters())
+    snapshot, v = freeze(problem), random(n).float()
+    gradient = snapshot.flat_gradient.abs()
+    weight = (gradient + 1e-6).rsqrt()
+    differences = Differences(snapshot, snapshot.flat_gradient, weight, both=True)
+    product = differences.product(v)
+    assert differences.safety < SAFETY / 2
+    error = (product.double() - truth @ v.double()).abs()
+    assert float((weight * error).norm()) < 0.01 * differences.used * float(v.norm())
+    assert float(error.norm()) < 0.01 * differences.seen * float(v.norm())

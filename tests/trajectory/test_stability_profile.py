@@ -572,3 +572,16 @@ def test_a_network_that_changes_starts_a_new_map():
         assert [step for step, _ in profile._map] == [2]
         profile.load_vectors({})
     assert len(profile._map) == 1 and len(profile._map[0][1]) == 3 and same(profile.compute(), profile.compute())
+
+
+def test_directions_that_all_miss_the_one_that_grows_have_no_small_error():
+    from types import SimpleNamespace
+
+    from lsp_callbacks.quantities.trajectory.profile_in_training import _mean_square_errors
+
+    P, k, agreed = 100, 4, math.log(1.29)  # four directions that agree on 1.29, beside one that grows by 8
+    profile = SimpleNamespace(steps=5, alpha_mean_square=agreed / 10, alpha_mean_square_error=0.03 / 10)
+    errors = _mean_square_errors(math.log(8.0), profile, SimpleNamespace(random=k, size=P))
+    assert errors["sigma_theta_mean_square_error"] == pytest.approx(math.sqrt(2 / k - 2 / P) * 8.0**2 / P)
+    every = _mean_square_errors(math.log(8.0), profile, SimpleNamespace(random=P, size=P))
+    assert every["sigma_theta_mean_square_error"] == pytest.approx(0.03 * 1.29)

@@ -14,7 +14,7 @@ Change = Callable[[float], tuple[float, float]]
 
 #: The largest error by rounding that is accepted, relative to the multiple.
 CLEAR = 0.1
-#: How far from the first multiple the search goes, to either side, before it is given up.
+#: How far from the first multiple, and from the update itself, the search goes before it is given up.
 FURTHEST, NEAREST = GROWTH**8, 2.0**-10
 #: Evaluations at most; a bisection to 1e-15 takes 50.
 MOST = 80
@@ -62,8 +62,9 @@ def critical_step(
         The multiple, its error, and how often the loss was evaluated.
 
     Raises:
-        Unmeasurable: where the loss does not fall along the update; where it has not risen at 2e7 times ``start``;
-            where rounding of the losses hides the crossing: its error would exceed 10 %.
+        Unmeasurable: where the loss does not fall along the update, down to a thousandth of it; where it has not risen
+            at 2e7 times the update and ``start``; where rounding of the losses hides the crossing: its error would
+            exceed 10 %.
         ValueError: if ``start`` or ``tolerance`` is not positive and finite.
 
     Cost: on a quadratic 2 or 3 evaluations if ``start`` is right within a factor of 8.
@@ -80,6 +81,7 @@ def critical_step(
     number("tolerance", tolerance, above=0, most=1)
     is_uphill = slope is not None and not slope < 0
     s = start = start / GROWTH if is_uphill else start
+    nearest, furthest = min(start, 1.0) * NEAREST, max(start, 1.0) * FURTHEST  # a start may be far from this update
     line, is_doubtful = LossOnLine(None if is_uphill else slope, tolerance), False
     for passes in range(1, MOST + 1):
         point = Point(s, *change(s))
@@ -91,7 +93,7 @@ def critical_step(
                 f"{s:.3g} times the update it has changed by {point.change:.3g}: momentum takes it uphill, or the "
                 "optimizer does not follow the gradient"
             )
-        if (low is None and s <= start * NEAREST) or (high is None and (s >= start * FURTHEST or line.is_level)):
+        if (low is None and s <= nearest) or (high is None and (s >= furthest or line.is_level)):
             raise Unmeasurable(
                 f"the loss of its batch does not {'fall' if low is None else 'rise'} along the update: at {s:.3g} "
                 f"times the update it has changed by {point.change:.3g}"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from lsp_callbacks.autograd._torch_internals import base, version
-from lsp_callbacks.errors import Unmeasurable
-from lsp_callbacks.linalg import LinearOperator, inner, norm
-from lsp_callbacks.operators.curvature.gradient_difference import Difference, LastProduct, Products, Untrusted
+from lsp_callbacks.linalg import inner, norm
+from lsp_callbacks.operators.curvature.gradient_difference import Difference, LastProduct, Untrusted
 from lsp_callbacks.operators.curvature.parameter_lengths import lengths, sizes_of
 from lsp_callbacks.step.flat import displaced_gradient, split
 from lsp_callbacks.step.known_scale import Scale
@@ -22,6 +21,9 @@ from lsp_callbacks.step.snapshot import Snapshot
 #: the curvature is known), and the largest; and up to which they are lengthened so that the rounding of the parameters
 #: need not be looked at, which takes as long as a quarter of a product.
 NEAR, FIRST, FAR, CLEAR = 0.25, 3.0, 15.0, 1.0
+#: The same where the loss is rounded: up to which they are lengthened so that its check can tell a third derivative
+#: from rounding. Further away the third derivative itself is the larger error.
+BACK = 1.5
 #: Accepted error, relative to the largest ``||H u||`` seen in the step, in the same units: 1 % in float32.
 TOLERANCE = 29.0
 #: Accepted error of ``u^T H u``, by the trapezoidal rule, in tolerances.
@@ -32,6 +34,8 @@ LEAST = 0.3
 FADED = 0.9
 #: Bounds on the rounding of a gradient are this many times the rounding observed on networks of several kinds.
 SAFETY = 3.0
+#: The least part of such a bound that is believed where rounding was seen to be less.
+LEAST_PART = 1 / 30
 
 
 class Differences:
@@ -94,6 +98,7 @@ class Differences:
         self.amplified = self._norm(weight) / self._count() ** 0.5 if isinstance(weight, Tensor) else abs(weight)
         self.both, self.seen, self.used, self.loss, self.rounding = both, 0.0, 0.0, 0.0, 0.0
         self.nearest, self.referred = NEAR, False
+        self.safety = self.plain_safety = SAFETY  # of products as they are used, and without the weight
         self.last: LastProduct | None = None
         self._noted: tuple[float, ...] = ()
         self.key = (None if snapshot.player is None else snapshot.player.name, self._uneven, relative, both)
@@ -119,9 +124,9 @@ class Differences:
         difference = self._resolved(v, size, reach)
         if not self.coarse <= difference.distance and not self._moves(v, difference.distance / size):
             raise Untrusted("the displacement is lost in the rounding of the parameters")
-        if not self._consistent(difference) and difference.distance < 0.5 * FIRST * reach:
-            self.nearest = FIRST  # the loss's own rounding is larger than thought
-            difference = self.difference(v, size, FIRST * reach)
+        if not self._consistent(difference) and difference.distance < 0.5 * BACK * reach:
+            self.nearest = BACK  # the loss's own rounding is larger than thought
+            difference = self.difference(v, size, BACK * reach)
         if not self._consistent(difference):
             self._compare(v, size, difference)
         product = difference.change.mul_(size / difference.distance)
@@ -200,11 +205,12 @@ class Differences:
     def _resolved(self, v: Tensor, size: float, reach: float) -> Difference:
         """Return a difference whose rounding is small."""
         before, difference = (self.seen, self.used), self._seen(v, size, self._distance(reach))
-        better = self._distance(reach)
+        better, near = self._distance(reach), None
         if better < difference.distance / 12 or (better > difference.distance and not self._clear(difference)):
             self.seen, self.used = before  # too far for such a curvature, or too near for such a rounding
+            near = difference if 2 * difference.distance < better else None
             difference = self._seen(v, size, better)
-        is_clear = self._clear(difference)
+        is_clear = self._clear(difference) or self._agree(v, size, near, difference)
         if not is_clear and not self.referred:
             # Along most directions of a large network nothing changes: what counts is the largest curvature.
             self.referred, far = True, self.reach(self.centre) if self.gradient else None
@@ -214,6 +220,26 @@ class Differences:
         if not is_clear:
             raise Untrusted("the change of the gradient is no larger than its rounding")
         return difference
+
+    def _agree(self, v: Tensor, size: float, near: Difference | None, far: Difference) -> bool:
+        """Return whether a nearer difference shows that rounding is less than its bound, and small.
+
+        Rounding makes the two differ by what it is in the nearer one, a third derivative by what it is in the other.
+        Cost: one gradient where there is no nearer one.
+        """
+        if near is None:
+            near = self.difference(v, size, far.distance / 4)
+        moved = near.change != 0
+        touched, numbers = self._number((self.centre != 0) | moved), self._number(moved)
+        uneven = self._amplified_where(moved) if self._uneven else self.amplified
+        gap, plain = self._gap(near, far), self._gap(near, far, 1.0) if self.both else 0.0
+        if not (numbers and gap <= self._accepted and plain <= self.tolerance * self.seen):
+            return False
+        # What the bound is of the numbers that have changed.
+        among = self.bound() * (numbers / touched) ** 0.5 / (2 * near.distance)
+        self.safety = min(self.safety, max(gap / (among * uneven), LEAST_PART * SAFETY))
+        self.plain_safety = min(self.plain_safety, max(plain / among, LEAST_PART * SAFETY))
+        return self._clear(far)
 
     def _seen(self, v: Tensor, size: float, distance: float) -> Difference:
         difference = self.difference(v, size, distance)
@@ -235,26 +261,25 @@ class Differences:
     def _distance(self, reach: float) -> float:
         """Return the distance at which rounding is 0.3 % of the largest curvature seen so far, or at earlier steps."""
         if not (self.seen or self.known.seen):
-            needed = SAFETY * self.bound() * self.amplified / (0.3 * self.least) if self.least else 0.0
+            needed = self.safety * self.bound() * self.amplified / (0.3 * self.least) if self.least else 0.0
             return min(FAR, max(FIRST, needed / reach)) * reach
         scale = self if self.seen else self.known
         accepted = max(self.tolerance * scale.used, self.least)
         bound = self.eps * (2 * self.gradient + (2 * scale.seen * scale.loss) ** 0.5)
-        rounded = SAFETY * bound * self.amplified / (0.3 * accepted) if self.amplified else 0.0
-        unresolved = (
-            6 * self.known.rounding / (ACCEPTED * self.tolerance * scale.seen)
-        ) ** 0.5  # the loss, not the gradient
+        rounded = self.safety * bound * self.amplified / (0.3 * accepted) if self.amplified else 0.0
+        loss_rounded = (6 * self.known.rounding / (ACCEPTED * self.tolerance * scale.seen)) ** 0.5
+        unresolved = min(loss_rounded, BACK * reach)
         if self.both and scale.seen:
-            rounded = max(rounded, SAFETY * bound / (0.3 * self.tolerance * scale.seen))
+            rounded = max(rounded, self.plain_safety * bound / (0.3 * self.tolerance * scale.seen))
         fine = min(1.001 * self.coarse, CLEAR * reach)
         return min(FAR * reach, max(self.nearest * reach, fine, 5 * self.eps * self.theta, rounded, unresolved))
 
     def _clear(self, difference: Difference) -> bool:
         if not difference.distance * self.seen < math.inf:
             return False
-        if self.both and SAFETY * self.bound() > difference.distance * self.tolerance * self.seen:
+        if self.both and self.plain_safety * self.bound() > difference.distance * self.tolerance * self.seen:
             return False
-        accepted = difference.distance * self._accepted / (SAFETY * self.bound()) if self.bound() else math.inf
+        accepted = difference.distance * self._accepted / (self.safety * self.bound()) if self.bound() else math.inf
         if self.amplified <= accepted or not self._uneven:
             return self.amplified <= accepted
         return self._amplified_where((self.centre != 0) | (difference.change != 0)) <= accepted
@@ -350,40 +375,3 @@ class Differences:
         if snapshot.run.ranks.world == 1:
             return compute()
         return snapshot.run.ranks.mean(compute, "the displaced gradient")  # type: ignore[return-value]
-
-
-def difference_hessian(
-    differences: Differences, products: Products, exact: Callable[[Tensor], Tensor] | None
-) -> LinearOperator:
-    """Return the Hessian by differences of gradients.
-
-    Args:
-        differences: of the step's gradients.
-        products: the record of the step's products.
-        exact: exact products, which take over where a difference fails its checks; None if they are wrong.
-    """
-    gradient = differences.centre
-
-    def product(v: Tensor) -> Tensor:
-        if products.untrusted and exact is not None:
-            return exact(v)
-        try:
-            image = differences.product(v)
-            products.note(differences)
-            return image
-        except Untrusted:
-            if exact is not None:
-                # Exact products are right at any scale; they also tell a kink from a replay that is not the step.
-                products.untrusted = True
-                return exact(v)
-        try:
-            image = differences.searched(v)
-            products.note(differences)
-            return image
-        except Untrusted as error:
-            raise Unmeasurable(
-                f"the loss cannot be differentiated twice, and {error}: write the backward of your function as the "
-                "derivative of its forward, in operations that can be differentiated, or leave this quantity out"
-            ) from None
-
-    return LinearOperator((len(gradient),) * 2, product, product, dtype=gradient.dtype, device=gradient.device)

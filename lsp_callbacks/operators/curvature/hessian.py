@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lsp_callbacks.errors import Unmeasurable, Unsupported
 from lsp_callbacks.linalg import LinearOperator
+from lsp_callbacks.operators.curvature.difference_hessian import difference_hessian
 from lsp_callbacks.operators.curvature.exact_hessian import exact_hessian, vector_dtype
-from lsp_callbacks.operators.curvature.finite_differences import Differences, difference_hessian
+from lsp_callbacks.operators.curvature.finite_differences import Differences
 from lsp_callbacks.operators.curvature.gradient_difference import Products
 from lsp_callbacks.operators.curvature.held_slopes import holds_kinks, with_held_slopes
 from lsp_callbacks.operators.curvature.shard_hessian import shard_hessian

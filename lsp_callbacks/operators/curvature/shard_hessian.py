@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from torch import Tensor
 from lsp_callbacks.autograd._torch_internals import trained_parameters
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.linalg import LinearOperator
-from lsp_callbacks.operators.curvature.finite_differences import Differences, difference_hessian
+from lsp_callbacks.operators.curvature.difference_hessian import difference_hessian
+from lsp_callbacks.operators.curvature.finite_differences import Differences
 from lsp_callbacks.operators.curvature.gradient_difference import Products
 from lsp_callbacks.operators.parts_of_shards import parts_of_shards, shares_of
 from lsp_callbacks.step.flat import displaced_gradient
-from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.snapshot import Snapshot, computed_once
 
 
 class ShardDifferences(Differences):
@@ -96,7 +98,19 @@ def shard_hessian(
     gradient = step.flat_gradient
     if gradient is None:
         raise Unmeasurable("finite differences start from the step's gradient: pass gradient=... to the Snapshot")
+    for differences, H in _earlier(step):
+        of = differences.weight
+        is_same = of is weight or (isinstance(of, float) and isinstance(weight, float) and of == weight)
+        if is_same and bool(differences.least) == (not relative) and differences.both >= both:
+            return H  # it knows the scale of the curvature already
     differences = ShardDifferences(step, gradient, weight, relative=relative, both=both)
     H = difference_hessian(differences, products, None)
-    n = step.size
-    return LinearOperator((n, n), H.apply, H.apply, dtype=H.dtype, device=H.device, parts=differences.parts)
+    H = replace(H, shape=(step.size, step.size), parts=differences.parts)
+    _earlier(step).append((differences, H))
+    return H
+
+
+@computed_once
+def _earlier(step: Snapshot) -> list[tuple[ShardDifferences, LinearOperator]]:
+    """Return the operators that were made of a step so far."""
+    return []

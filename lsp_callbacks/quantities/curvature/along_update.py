@@ -37,7 +37,7 @@ class AlongUpdate(Quantity):
         return 1.0 if self.is_first else 1 / self.check_every
 
     def check(self, snapshot: Snapshot) -> None:
-        if snapshot.run.unsupported:
+        if snapshot.run.unsupported and not snapshot.run.updates_elsewhere:  # any update will do
             raise Unmeasurable(snapshot.run.unsupported)
 
     def update(self, snapshot: Snapshot) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lsp_callbacks._validation import whole
+from lsp_callbacks.autograd.shifted_parameters import put_back
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.curvature.courant_step import courant_step
 from lsp_callbacks.operators.cost import beside
@@ -19,7 +20,7 @@ from lsp_callbacks.quantities.curvature.along_update import AlongUpdate
 from lsp_callbacks.quantities.key import Key
 from lsp_callbacks.step.flat import split
 from lsp_callbacks.step.replay_checks import replayed_gradient, verify_gradient
-from lsp_callbacks.step.snapshot import Snapshot
+from lsp_callbacks.step.snapshot import BeforeStep, Snapshot
 from lsp_callbacks.step.taken_step import TakenStep
 
 #: The largest error by rounding that is accepted.
@@ -90,7 +91,8 @@ class CourantStep(AlongUpdate):
         return bool(self.changes.isnan().all())
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        return {"the step's loss": 1 / 3 + 5 / 3 * self.checks + beside(snapshot, calls=200, vectors=10)}
+        gradients = 1.0 if snapshot.run.updates_elsewhere else 5 / 3 * self.checks
+        return {"the step's loss": 1 / 3 + gradients + beside(snapshot, calls=200, vectors=10)}
 
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         held = footprint(snapshot)
@@ -98,16 +100,21 @@ class CourantStep(AlongUpdate):
 
     def check(self, snapshot: Snapshot) -> None:
         super().check(snapshot)
-        if snapshot.optimizer is not None:
+        if snapshot.optimizer is not None and not snapshot.run.updates_elsewhere:
             require_gradient_at_weights(snapshot.optimizer)
 
     def begun(self, snapshot: Snapshot, *, is_checked: bool) -> TakenStep:
-        if is_checked:
+        before, parameters = snapshot.before, snapshot.parameters
+        if is_checked and before is None:
             verify_gradient(snapshot)
         if snapshot.loss is None or snapshot.gradient is None:
-            loss, flat = replayed_gradient(snapshot)
-            gradient = split(flat, list(snapshot.parameters.values()))
-            snapshot = replace(snapshot, loss=loss, gradient={**dict(zip(snapshot.parameters, gradient))})
+            weights = None if before is None else [before.weights[name] for name in parameters]
+            with put_back([*parameters.values()], weights):
+                loss, flat = replayed_gradient(snapshot)
+            gradient: dict[str, Tensor | None] = {**dict(zip(parameters, split(flat, [*parameters.values()])))}
+            if before is not None and before.loss is None:
+                before = BeforeStep(before.weights, loss)
+            snapshot = replace(snapshot, loss=loss, gradient=gradient, before=before)
         return TakenStep(snapshot, check=is_checked)
 
     def measure(self, taken: TakenStep) -> None:

@@ -12,7 +12,7 @@ from lsp_callbacks._validation import whole
 from lsp_callbacks.errors import Unmeasurable
 from lsp_callbacks.functional.trajectory.lyapunov import exponent_bounds, window_exponent
 from lsp_callbacks.functional.trajectory.statistics import student_bounds
-from lsp_callbacks.operators.cost import beside, products
+from lsp_callbacks.operators.cost import beside, forward_cost, products
 from lsp_callbacks.operators.curvature.finite_differences import LEAST
 from lsp_callbacks.operators.curvature.hessian import Method, decided, path_taken, products_so_far, resolved
 from lsp_callbacks.operators.curvature.stability_threshold import has_own_run, threshold_constant
@@ -109,11 +109,21 @@ class Lyapunov(Windowed):
         return gradients_missing(snapshot)
 
     def cost(self, snapshot: Snapshot) -> dict[str, float]:
-        method, rule = resolved(snapshot, self.method), step_constants(snapshot)
-        steps = self.window - (not has_own_run(snapshot) and not needs_product(snapshot))
-        pushed = steps * (products(snapshot, method, 1) + beside(snapshot, vectors=PLANE + FROZEN * rule.frozen))
-        window = pushed + beside(snapshot, calls=90 * self.window)
-        return {**mode_cost(snapshot, method, warm=self._mode is not None), "window": window}
+        rule, waits = step_constants(snapshot), not has_state(snapshot)
+        steps = self.window - (not waits and not has_own_run(snapshot) and not needs_product(snapshot))
+        pushed = products(snapshot, self._pushed_by(snapshot), 1) + beside(
+            snapshot, vectors=PLANE + FROZEN * rule.frozen
+        )
+        window = steps * pushed + beside(snapshot, calls=90 * self.window) + waits * forward_cost(snapshot)
+        return {**mode_cost(snapshot, resolved(snapshot, self.method), warm=self._mode is not None), "window": window}
+
+    def _pushed_by(self, snapshot: Snapshot) -> Method:
+        """Return the method that prices assume of the update's derivative.
+
+        Behind a preconditioner differences are seldom accurate enough for it.
+        """
+        is_exact = step_constants(snapshot).frozen and self.method == "auto"
+        return "exact" if is_exact else resolved(snapshot, self.method)
 
     def limit_cost(self, snapshot: Snapshot, gradients: float) -> str | None:
         """Take fewer steps in a window, down to one."""
@@ -123,8 +133,7 @@ class Lyapunov(Windowed):
     def memory(self, snapshot: Snapshot) -> dict[str, float]:
         frozen = step_constants(snapshot).frozen
         plane = 3 + 2 * frozen  # derivatives of the formula, which SGD has as numbers
-        # Behind a preconditioner products by differences are seldom accurate enough for an update's derivative.
-        method = "exact" if frozen and self.method == "auto" else self.method
+        method = self._pushed_by(snapshot) if frozen else self.method
         return {**alignment_memory(snapshot, method), "plane": plane * footprint(snapshot).parameters}
 
     def update(self, snapshot: Snapshot) -> None:

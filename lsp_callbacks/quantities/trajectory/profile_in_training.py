@@ -84,12 +84,33 @@ def in_training(
         low, high = (-math.inf, upper) if ends is None else ends.log_norms[i]
         logs[name] = lower, upper = max(lower, low), max(lower, low, high)
         numbers[f"sigma_{name}"], numbers[f"sigma_{name}_bound"] = exp(lower), exp(upper)
-    numbers |= _exponents(*logs["theta"], profile)
+    numbers |= _exponents(*logs["theta"], profile) | _mean_square_errors(logs["theta"][0], profile, now)
     if "output" in grams and before is not None:
         after = grams["output"].diagonal()[: now.random]
         growth = function_growth(before, after, now.frame_log, now.steps)
         numbers["alpha_output"], numbers["alpha_output_error"] = growth
     return {name: float(numbers[name]) for name in KEYS if name in numbers}
+
+
+def _mean_square_errors(lower: float, profile: TrainingProfile, now: Tangents) -> dict[str, float]:
+    """Return the standard errors of the mean square, by its scatter, but not below what the largest direction causes.
+
+    Few random directions may all miss the one that grows most, and then agree: ``||M q||^2 / P`` of a Gaussian q has
+    the variance ``2 tr (M^T M)^2 / P^2``, at least ``2 sigma_theta^4 / P^2``. All P orthogonal ones miss nothing.
+
+    Args:
+        lower: log of the lower end of sigma_theta.
+        profile: of the window.
+        now: its directions.
+    """
+    growth = 2 * profile.steps * float(profile.alpha_mean_square)  # log of the mean square
+    scatter = 2 * profile.steps * float(profile.alpha_mean_square_error)
+    missed = 2 * max(1 / now.random - 1 / now.size, 0.0)
+    error = max(scatter, math.sqrt(missed) * exp(2 * lower - growth) / now.size)
+    return {
+        "sigma_theta_mean_square_error": exp(growth) * error,
+        "alpha_theta_mean_square_error": error / (2 * profile.steps),
+    }
 
 
 def _exponents(lower: float, upper: float, profile: TrainingProfile) -> dict[str, float]:
