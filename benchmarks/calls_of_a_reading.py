@@ -45,7 +45,7 @@ PARTS = {
     ("mean_square_stability.py", "update"): "rows and their products",
     ("frozen_preconditioner.py", "frozen_rule"): "the optimizer's rule",
     ("frozen_sgd.py", "mean_square_lr"): "critical rate",
-    ("softmax_pairs.py", "pairs_of_few"): "top pairs of the outputs",
+    ("output_rows.py", "softmax_rows"): "rows of the outputs",
     ("step_samples.py", "sampled_rows"): "choice of rows",
     ("collapsed_outputs.py", "add"): "equal outputs",
     ("collapsed_outputs.py", "share"): "equal outputs",

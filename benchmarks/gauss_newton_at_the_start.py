@@ -1,8 +1,9 @@
 """What the Gauss-Newton matrix leaves out in the first steps, by dense float64 matrices of the step's own batch.
 
-The headline number is of the Gauss-Newton matrix ``J^T S J``, and looks at the top eigenvector of each S; `courant_gd`
-and the exponent are of the whole Hessian, which holds ``sum_c (dl / df_c) d^2 f_c`` beside it. First a tanh network on
-digits at SGD 3, step 0, as it is told and as it is; then random inputs and more and more classes, at 0.1.
+The headline number is of the Gauss-Newton matrix ``J^T S J``, and looks at one combination of each sample's outputs;
+`courant_gd` and the exponent are of the whole Hessian, which holds ``sum_c (dl / df_c) d^2 f_c`` beside it. First a
+tanh network on digits at SGD 3, step 0, as it is told and as it is; then random inputs and more and more classes, at
+0.1.
 
     python benchmarks/gauss_newton_at_the_start.py
 """

@@ -104,8 +104,8 @@ def tangent_kernel(
     """Return ``K_ij = z_i D z_j^T``, ``z_i = R_i^T J_i``; ``R_i R_i^T = S_i`` is the output Hessian of sample i's loss.
 
     ``lambda_max(K) / N`` is the sharpness of the Gauss-Newton matrix, and one SGD step on a batch acts on ``v = Z^T x``
-    through the rows of K alone. By default a sample has one row, the top eigenpair of its output Hessian; where that is
-    degenerate (squared loss with several outputs) the direction in which the sharpest mode moves the sample's outputs.
+    through the rows of K alone. By default a sample has one row, see `rows_of_outputs`; of a squared loss
+    with several outputs that of the direction in which the sharpest mode moves the sample's outputs.
     A sample with several positions (tokens) has one row for each of ``positions`` of them, drawn at random and weighted
     to represent all.
 

@@ -73,7 +73,7 @@ class MeanSquareStability(OfShards):
         rows: how many output gradients to look at; None takes a quarter of the batch, 32 at least and 128 at most.
             Where a batch has fewer samples, which have several positions (tokens), several of each are taken; later
             one, beside the rows of the last readings, each at the weights of its own step.
-        outputs: "top" takes the top eigenpair of each output Hessian; "all" takes every output.
+        outputs: "top" takes of each sample the combination of outputs that moves most; "all" takes every output.
         replacement: whether samples are drawn with replacement within a batch.
         most_rows: as in `SGDStability`.
 

@@ -75,7 +75,7 @@ class SGDStability(Quantity):
 
     Args:
         probes: number of training samples to look at; the first that the loader gives.
-        outputs: "top" takes one row a sample, the top eigenpair of its output Hessian; "all" takes every output.
+        outputs: "top" takes one row a sample, of the outputs' combination that moves most; "all" takes every output.
         sampling: how batches are drawn; "reshuffle" needs all training samples as probes.
         replacement: whether samples are drawn with replacement within a batch.
         chains: number of simulated random products.
