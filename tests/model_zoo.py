@@ -468,7 +468,7 @@ CASES = {
         failed=refused("backward of Once") | dict.fromkeys(("robustness", "clarke_profile"), "Once in the network"),
     ),
     "detached_relu": Case(lambda: custom(Detached, nn.ReLU()), failed=refused("backward of Detached")),
-    "fused_loss": Case(lambda: Fused(mlp()), left_out=unprobed("do not reach the parameters")),
+    "fused_loss": Case(lambda: Fused(mlp()), left_out=unprobed("outputs and targets cannot be found")),
     "changed_gradient": Case(
         GradientHook,
         failed=dict.fromkeys((*STOCHASTIC, "courant_step"), "gradient is not that") | refused("gradient is not that"),

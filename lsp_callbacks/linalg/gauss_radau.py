@@ -16,8 +16,10 @@ from lsp_callbacks.linalg.operator import LinearOperator
 DEPENDENT = 0.03
 #: What is left of an image, relative to the largest of them, is rounding below so many square roots of the epsilon.
 ROUNDED = 3.0
-#: Halvings of an interval in the search of a bound.
-_HALVINGS = 12
+#: Squares of what is left of images, relative to the scale, are known to so much: a bound does not hang on less.
+FLOOR = 1e-9
+#: How often an interval is divided in the search of a bound, and into how many parts.
+_DIVISIONS, _PARTS = 6, 32
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,23 @@ class TopNode:
         if not math.isfinite(self.value) or not self.scale:
             return 0.0 * self.value
         shares, turned = np.linalg.eigh(left)
-        inverse = (turned / np.maximum(shares, 1e-14 * self.scale**2)) @ turned.T
+        inverse = (turned / np.maximum(shares, FLOOR * self.scale**2)) @ turned.T
 
-        def allowed(point: float) -> bool:
-            """Return whether an eigenvalue at the point would leave the vectors too much of the start."""
-            gap = point * np.eye(len(T)) - T
-            form = np.eye(len(T)) + gap.T @ inverse @ gap
-            return overlap**2 < float(self.start @ np.linalg.solve(form, self.start))
+        def allowed(points: np.ndarray) -> np.ndarray:
+            """Return whether an eigenvalue at each point would leave the vectors too much of the start."""
+            gap = points[:, None, None] * np.eye(len(T)) - T
+            form = np.eye(len(T)) + gap.swapaxes(-1, -2) @ inverse @ gap
+            return overlap**2 < np.linalg.solve(form, self.start[:, None])[..., 0] @ self.start
 
         low = high = self.value
         reach = self.scale
-        while allowed(high) and reach < math.inf:
+        while allowed(np.array([high])) and reach < math.inf:
             low, high, reach = high, high + reach, 2 * reach
-        for _ in range(_HALVINGS if high > low else 0):
-            point = (low + high) / 2
-            low, high = (point, high) if allowed(point) else (low, point)
-        return high - self.value
+        for _ in range(_DIVISIONS if high > low else 0):
+            points = np.linspace(low, high, _PARTS + 1)
+            k = int(allowed(points[1:-1]).sum())
+            low, high = points[k], points[k + 1]
+        return float(high - self.value)
 
 
 class Images:

@@ -86,7 +86,7 @@ def test_a_jump_is_foreseen_announced_and_not_taken(caplog):
 
 
 def test_without_a_limit_it_is_announced_and_taken():
-    _, stop, losses, _ = watched(150, limit=None, confirm=None, patience=99)
+    _, stop, losses, _ = watched(170, limit=None, confirm=None, patience=99)
     assert stop.event_step == 13 and stop.stop_step is None and len(losses.losses) == 30
 
 

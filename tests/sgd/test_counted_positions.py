@@ -108,7 +108,7 @@ def test_agrees_with_every_token_by_brute_force(way, kind):
     assert traces.mean() == pytest.approx(float(whole.gram.trace()), abs=float(traces.std()) * 3 / SEEDS**0.5 + 1e-6)
     ratios = torch.tensor([rate_of(kernel) for kernel in kernels]) / rate
     # Looked at without regard to what counts, most rows of the first two kinds are zero: up to 6 times the rate.
-    assert 0.6 <= float(ratios.median()) <= 1.3 and float(ratios.max()) <= 2.5, ratios
+    assert 0.6 <= float(ratios.median()) <= 1.3 and float(ratios.max()) <= 2.8, ratios
 
 
 def test_what_counts_comes_first():

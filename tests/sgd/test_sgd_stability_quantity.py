@@ -539,7 +539,7 @@ def test_what_waits_is_measured_when_it_need_not_wait_any_more(period, monkeypat
         return pending(*args, **settings)
 
     monkeypatch.setattr(adapter, "PendingStep", counted)
-    fit(Model, monitor, loader=data(n=400, batch_size=8), max_steps=100)
+    fit(Model, monitor, loader=data(n=400, batch_size=8), max_steps=50 if period else 100)
     sgd, gd = monitor.history[SGD_COURANT].steps, monitor.history[GD_COURANT].steps
     assert sgd[0] == 7 and gd[0] == 0 and len(sgd) > 2 and len(gd) > 2
     assert period is None or (sgd[1:] == gd[1:] == [20, 40])  # otherwise each has a pace of its own
