@@ -150,9 +150,8 @@ class StopOnInstability(Callback):
         if stage != "fit":
             return
         source = monitor_beside("StopOnInstability", trainer)
-        if (
-            self.monitor not in source.monitor.keys and not source.monitor.quantities.skipped
-        ):  # in a run before this one
+        was_skipped = bool(source.monitor.quantities.skipped)  # in a run before this one
+        if self.monitor not in source.monitor.keys and not was_skipped:
             keys = ", ".join(sorted(source.monitor.keys))
             raise ValueError(f"monitor={self.monitor!r} is never measured here; these are: {keys}")
         if self not in source.subscribers:

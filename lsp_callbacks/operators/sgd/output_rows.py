@@ -36,7 +36,7 @@ class OutputMetric:
 
     Attributes:
         start: the top eigenvector of K, ``(C,)``, nearly; any vector without a last layer.
-        power: how many products `along` takes.
+        power: how many products `rows_of_outputs` takes.
     """
 
     def __init__(self, head: Tensor | None, outputs: int):
@@ -128,15 +128,16 @@ def softmax_rows(p: Array, weights: Array, metric: OutputMetric, squares: Array 
     Raises:
         Unmeasurable: as there.
     """
-    likely = p.argmax(-1)[..., None]
+    likely = np.arange(0, p.size, p.shape[-1]).reshape(p.shape[:-1]) + p.argmax(-1)  # its place among all entries
     others = p.copy()
-    np.put_along_axis(others, likely, 0, -1)
+    others.put(likely, 0)
     variance = np.maximum(others.sum(-1), TINY)[..., None]  # of the likeliest class, nearly: by it nothing underflows
     share = p / variance
+    weighted = weights[..., None] * share
 
     def product(v: Array) -> Array:
-        beside = v - np.take_along_axis(v, likely, -1)  # where p is nearly 1 the two terms would cancel
-        image = weights[..., None] * share * (beside - (p * beside).sum(-1)[..., None])
+        beside = v - v.take(likely)[..., None]  # where p is nearly 1 the two terms would cancel
+        image = weighted * (beside - (p * beside).sum(-1)[..., None])
         return image if squares is None else image + (squares * (p * v).sum(-1))[..., None] * share
 
     return rows_of_outputs(product, p.shape, metric) * np.sqrt(variance)
